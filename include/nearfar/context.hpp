@@ -1,0 +1,115 @@
+#pragma once
+
+#include <nearfar/detail/parallel.hpp>
+#include <nearfar/detail/scratch.hpp>
+
+#include <algorithm>
+#include <cstddef>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace nearfar {
+inline namespace NEARFAR_VERSION_NAMESPACE {
+
+namespace detail {
+class Work;
+}
+
+/// Threads and working memory, kept from call to call.
+///
+/// Every call of attention takes one as its last argument, by default the process-wide `default_context()`. A context
+/// serves one call at a time; a second caller waits its turn, so threads that should run side by side bring a context
+/// each. Results do not depend on the number of threads. A second call of the same shapes allocates nothing.
+class Context {
+ public:
+  /// A context of `threads` threads, the caller's among them; 0 takes as many as the machine offers.
+  explicit Context(int threads = 0) : crew_(checked(threads)), scratch_(static_cast<std::size_t>(crew_.size())) {}
+
+  int threads() const { return crew_.size(); }
+
+  /// Bytes of working memory held.
+  std::size_t scratch_bytes() const {
+    std::lock_guard lock(mutex_);
+    std::size_t total = shared_.bytes();
+    for (const detail::Scratch& scratch : scratch_) total += scratch.bytes();
+    return total;
+  }
+
+  /// Gives the working memory back to the system.
+  void release() {
+    std::lock_guard lock(mutex_);
+    shared_ = {};
+    for (detail::Scratch& scratch : scratch_) scratch = {};
+  }
+
+ private:
+  friend class detail::Work;
+
+  static int checked(int threads) {
+    if (threads < 0) {
+      throw std::invalid_argument("nearfar::Context: threads must be 0 (all) or more, but is " +
+                                  std::to_string(threads) + ".");
+    }
+    if (threads > 0) return threads;
+    const unsigned offered = std::thread::hardware_concurrency();
+    return offered == 0 ? 1 : static_cast<int>(offered);
+  }
+
+  mutable std::mutex mutex_;
+  detail::Crew crew_;
+  detail::Scratch shared_;
+  std::vector<detail::Scratch> scratch_;
+};
+
+/// The context of calls that name none: all the machine's threads, made at first use.
+inline Context& default_context() {
+  static Context context;
+  return context;
+}
+
+namespace detail {
+
+/// One call's hold on a context: its threads, and memory that lasts until the call ends.
+class Work {
+ public:
+  explicit Work(Context& context) : lock_(context.mutex_), context_(context), scope_(context.shared_) {}
+
+  int threads() const { return context_.crew_.size(); }
+
+  /// Memory that all tasks may read, given back when the call ends.
+  template <class T>
+  T* take(Index count) {
+    return context_.shared_.take<T>(count);
+  }
+
+  /// Runs task(index, scratch) for each index in [0, count), in any order and on any thread; what a task takes of its
+  /// scratch is given back when it ends.
+  template <class Task>
+  void for_each(Index count, Task&& task) {
+    context_.crew_.run(count, [&](Index index, int worker) {
+      Scratch& scratch = context_.scratch_[static_cast<std::size_t>(worker)];
+      const Scratch::Scope scope(scratch);
+      task(index, scratch);
+    });
+    level();
+  }
+
+ private:
+  // Which thread met the largest task is chance, so all hold what the largest needed: the next call allocates nothing.
+  void level() {
+    std::size_t most = 0;
+    for (const Scratch& scratch : context_.scratch_) most = std::max(most, scratch.bytes());
+    for (Scratch& scratch : context_.scratch_) scratch.reserve(most);
+  }
+
+  std::lock_guard<std::mutex> lock_;
+  Context& context_;
+  Scratch::Scope scope_;
+};
+
+}  // namespace detail
+}  // namespace NEARFAR_VERSION_NAMESPACE
+}  // namespace nearfar

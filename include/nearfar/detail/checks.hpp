@@ -1,0 +1,121 @@
+#pragma once
+
+#include <nearfar/attention.hpp>
+
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+
+namespace nearfar {
+inline namespace NEARFAR_VERSION_NAMESPACE {
+namespace detail {
+
+/// Throws std::invalid_argument "nearfar::<mechanism>: <sentence>" unless the condition holds.
+template <class... Parts>
+void require(bool condition, std::string_view mechanism, const Parts&... parts) {
+  if (condition) return;
+  std::string message = "nearfar::";
+  message += mechanism;
+  message += ": ";
+  const auto append = [&message](const auto& part) {
+    if constexpr (std::is_arithmetic_v<std::remove_cvref_t<decltype(part)>>) {
+      message += std::to_string(part);
+    } else {
+      message += part;
+    }
+  };
+  (append(parts), ...);
+  throw std::invalid_argument(message);
+}
+
+/// Heads that fit together, checked when a mechanism is made.
+inline void check_heads(std::string_view mechanism, const Heads& heads) {
+  require(heads.query >= 1, mechanism, "heads.query must be at least 1, but is ", heads.query, ".");
+  require(heads.key_value >= 1, mechanism, "heads.key_value must be at least 1, but is ", heads.key_value, ".");
+  require(heads.dim >= 1, mechanism, "heads.dim must be at least 1, but is ", heads.dim, ".");
+  require(heads.value_dim >= 0, mechanism, "heads.value_dim must be 0 (as dim) or more, but is ", heads.value_dim, ".");
+  require(heads.query % heads.key_value == 0, mechanism, "heads.key_value must divide heads.query, but ",
+          heads.key_value, " does not divide ", heads.query, ".");
+}
+
+/// Mechanisms that blend key and value features one by one, or reuse one view for both, need them of one width.
+inline void check_equal_widths(std::string_view mechanism, const Heads& heads) {
+  require(heads.value_width() == heads.dim, mechanism, "heads.value_dim must equal heads.dim, but they are ",
+          heads.value_dim, " and ", heads.dim, ".");
+}
+
+inline void check_scale(std::string_view mechanism, const std::optional<double>& scale) {
+  require(!scale || (*scale > 0 && *scale < std::numeric_limits<double>::infinity()), mechanism,
+          "scale must be positive and finite, but is ", scale.value_or(0), ".");
+}
+
+template <class Scalar>
+void check_shape(std::string_view mechanism, std::string_view name, Tokens<Scalar> tokens, Index rows, Index cols,
+                 std::string_view rows_of, std::string_view cols_of) {
+  require(tokens.rows() == rows, mechanism, name, " has ", tokens.rows(), " rows, but ", rows_of, " has ", rows, ".");
+  require(tokens.cols() == cols, mechanism, name, " has ", tokens.cols(), " columns, but ", cols_of, " need ", cols,
+          ".");
+}
+
+inline void check_offsets(std::string_view mechanism, std::string_view name, std::span<const Index> offsets, Index rows,
+                          std::string_view rows_of) {
+  require(offsets.size() >= 1, mechanism, name, " must hold at least one number, but is empty.");
+  require(offsets.front() == 0, mechanism, name, " must begin with 0, but begins with ", offsets.front(), ".");
+  for (std::size_t b = 1; b < offsets.size(); ++b) {
+    require(offsets[b - 1] <= offsets[b], mechanism, name, " must not decrease, but ", offsets[b], " follows ",
+            offsets[b - 1], ".");
+  }
+  require(offsets.back() == rows, mechanism, name, " must end with the rows of ", rows_of, ", ", rows,
+          ", but ends with ", offsets.back(), ".");
+}
+
+/// Whether queries and keys are the same tokens, or may differ in number.
+enum class Lengths { equal, any };
+
+/// Inputs and out that agree with the heads and with each other.
+template <class Scalar>
+void check_inputs(std::string_view mechanism, const Heads& heads, const Inputs<Scalar>& inputs,
+                  Tokens<const Scalar> out, Lengths lengths) {
+  const Index queries = inputs.query.rows();
+  const Index keys = inputs.key.rows();
+  check_shape(mechanism, "query", inputs.query, queries, heads.query_cols(), "query", "its heads");
+  check_shape(mechanism, "key", inputs.key, keys, heads.key_cols(), "key", "its heads");
+  check_shape(mechanism, "value", inputs.value, keys, heads.value_cols(), "key", "its heads");
+  check_shape(mechanism, "out", out, queries, heads.out_cols(), "query", "its heads");
+  require(inputs.key_mask.empty() || static_cast<Index>(inputs.key_mask.size()) == keys, mechanism, "key_mask has ",
+          inputs.key_mask.size(), " bytes, but key has ", keys, " rows.");
+  require(!inputs.query_offsets.empty() || inputs.key_offsets.empty(), mechanism, "key_offsets are given, ",
+          inputs.key_offsets.size(), " numbers, but query_offsets are empty.");
+  if (!inputs.query_offsets.empty()) {
+    check_offsets(mechanism, "query_offsets", inputs.query_offsets, queries, "query");
+    if (inputs.key_offsets.empty()) {
+      require(queries == keys, mechanism, "without key_offsets, query and key must have the same rows, but have ",
+              queries, " and ", keys, ".");
+    } else {
+      check_offsets(mechanism, "key_offsets", inputs.key_offsets, keys, "key");
+      require(inputs.query_offsets.size() == inputs.key_offsets.size(), mechanism, "query_offsets has ",
+              inputs.query_offsets.size(), " numbers, but key_offsets has ", inputs.key_offsets.size(), ".");
+    }
+  }
+  if (lengths == Lengths::equal) {
+    require(queries == keys, mechanism, "query and key must have the same rows, but have ", queries, " and ", keys,
+            ".");
+    for (std::size_t b = 0; b < inputs.key_offsets.size(); ++b) {
+      require(inputs.key_offsets[b] == inputs.query_offsets[b], mechanism,
+              "query_offsets and key_offsets must be equal, but hold ", inputs.query_offsets[b], " and ",
+              inputs.key_offsets[b], ".");
+    }
+  }
+}
+
+/// 1 / sqrt(dim) unless given.
+inline double scale_or_default(const std::optional<double>& scale, const Heads& heads) {
+  return scale.value_or(1.0 / std::sqrt(static_cast<double>(heads.dim)));
+}
+
+}  // namespace detail
+}  // namespace NEARFAR_VERSION_NAMESPACE
+}  // namespace nearfar

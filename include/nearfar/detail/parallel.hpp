@@ -1,0 +1,123 @@
+#pragma once
+
+#include <nearfar/detail/scratch.hpp>
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace nearfar {
+inline namespace NEARFAR_VERSION_NAMESPACE {
+namespace detail {
+
+/// A crew of threads that share out numbered tasks: the caller and `size - 1` waiting threads.
+///
+/// Idle threads sleep on a condition variable, because spinning ones collapse on a busy machine; and the caller waits
+/// only for threads that have begun a task, so one that the system never wakes costs nothing. Which thread runs which
+/// task is left to chance: tasks must not depend on it.
+class Crew {
+ public:
+  explicit Crew(int size) {
+    threads_.reserve(static_cast<std::size_t>(size - 1));
+    try {
+      for (int worker = 1; worker < size; ++worker) threads_.emplace_back([this, worker] { serve(worker); });
+    } catch (...) {
+      dismiss();
+      throw;
+    }
+  }
+
+  ~Crew() { dismiss(); }
+  Crew(const Crew&) = delete;
+  Crew& operator=(const Crew&) = delete;
+
+  int size() const { return static_cast<int>(threads_.size()) + 1; }
+
+  /// Runs task(index, worker) once for each index in [0, count), worker in [0, size). Throws the first exception that a
+  /// task threw, after all threads have stopped.
+  template <class Task>
+  void run(Index count, Task&& task) {
+    if (count <= 0) return;
+    if (count == 1 || threads_.empty()) {
+      for (Index index = 0; index < count; ++index) task(index, 0);
+      return;
+    }
+    Job job{count, &task, [](void* object, Index index, int worker) {
+              (*static_cast<std::remove_reference_t<Task>*>(object))(index, worker);
+            }};
+    {
+      std::lock_guard lock(mutex_);
+      job_ = &job;
+      ++generation_;
+    }
+    wake_.notify_all();
+    work(job, 0);
+    std::unique_lock lock(mutex_);
+    job_ = nullptr;
+    idle_.wait(lock, [this] { return busy_ == 0; });
+    if (job.error) std::rethrow_exception(job.error);
+  }
+
+ private:
+  struct Job {
+    Index count;
+    void* object;
+    void (*call)(void*, Index, int);
+    std::atomic<Index> next{0};
+    std::exception_ptr error{};
+    std::atomic_flag failed{};
+  };
+
+  static void work(Job& job, int worker) {
+    try {
+      for (Index index; (index = job.next.fetch_add(1, std::memory_order_relaxed)) < job.count;) {
+        job.call(job.object, index, worker);
+      }
+    } catch (...) {
+      if (!job.failed.test_and_set()) job.error = std::current_exception();
+      job.next = job.count;
+    }
+  }
+
+  void serve(int worker) {
+    std::uint64_t seen = 0;
+    std::unique_lock lock(mutex_);
+    while (true) {
+      wake_.wait(lock, [&] { return dismissed_ || (job_ != nullptr && generation_ != seen); });
+      if (dismissed_) return;
+      seen = generation_;
+      Job& job = *job_;
+      ++busy_;
+      lock.unlock();
+      work(job, worker);
+      lock.lock();
+      if (--busy_ == 0) idle_.notify_one();
+    }
+  }
+
+  void dismiss() {
+    {
+      std::lock_guard lock(mutex_);
+      dismissed_ = true;
+    }
+    wake_.notify_all();
+    for (std::thread& thread : threads_) thread.join();
+  }
+
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::condition_variable idle_;
+  Job* job_ = nullptr;
+  std::uint64_t generation_ = 0;
+  int busy_ = 0;
+  bool dismissed_ = false;
+  std::vector<std::thread> threads_;
+};
+
+}  // namespace detail
+}  // namespace NEARFAR_VERSION_NAMESPACE
+}  // namespace nearfar

@@ -1,0 +1,105 @@
+#pragma once
+
+#include <nearfar/version.hpp>
+
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+namespace nearfar {
+inline namespace NEARFAR_VERSION_NAMESPACE {
+
+using Index = Eigen::Index;
+
+/// The type in which sums over Scalar are carried: a narrower storage type would name a wider one here.
+template <class Scalar>
+struct AccumulatorOf {
+  using type = Scalar;
+};
+
+template <class Scalar>
+using Accumulator = typename AccumulatorOf<std::remove_const_t<Scalar>>::type;
+
+/// The matrices that nearfar itself makes: saved results and parameters.
+template <class Scalar>
+using Matrix = Eigen::Matrix<Scalar, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+
+namespace detail {
+
+template <class Dense>
+concept DenseMatrix = std::is_base_of_v<Eigen::DenseBase<std::remove_cvref_t<Dense>>, std::remove_cvref_t<Dense>>;
+
+template <class Dense>
+inline constexpr bool has_direct_access = (static_cast<unsigned>(Eigen::internal::traits<Dense>::Flags) &
+                                           static_cast<unsigned>(Eigen::DirectAccessBit)) != 0;
+
+}  // namespace detail
+
+/// A view of a sequence: one row a token, the heads packed side by side in the columns. It never owns and never copies.
+///
+/// Made implicitly from any row-major Eigen matrix, array, map, reference or block of rows and columns, whatever its
+/// row stride and alignment; a column-major one does not compile. `Tokens<const Scalar>` reads, `Tokens<Scalar>` also
+/// writes. The matrix must outlive the view. Throws std::invalid_argument where the elements of a row do not lie side
+/// by side (an inner stride other than 1).
+template <class Scalar>
+class Tokens {
+ public:
+  using Plain = Matrix<std::remove_const_t<Scalar>>;
+  using Map = Eigen::Map<std::conditional_t<std::is_const_v<Scalar>, const Plain, Plain>, Eigen::Unaligned,
+                         Eigen::OuterStride<>>;
+
+  Tokens() = default;
+
+  Tokens(Scalar* data, Index rows, Index cols, Index stride) : data_(data), rows_(rows), cols_(cols), stride_(stride) {}
+
+  template <detail::DenseMatrix Dense>
+  Tokens(Dense&& matrix)
+      : data_(address(matrix)), rows_(matrix.rows()), cols_(matrix.cols()), stride_(matrix.outerStride()) {
+    if (matrix.innerStride() != 1 && matrix.cols() > 1) {
+      throw std::invalid_argument(
+          "nearfar::Tokens: the elements of a row must lie side by side (inner stride 1), "
+          "but this matrix has inner stride " +
+          std::to_string(matrix.innerStride()) + ".");
+    }
+  }
+
+  operator Tokens<const Scalar>() const requires(!std::is_const_v<Scalar>) { return {data_, rows_, cols_, stride_}; }
+
+  Scalar* data() const { return data_; }
+  Index rows() const { return rows_; }
+  Index cols() const { return cols_; }
+  Index stride() const { return stride_; }
+  Scalar* row(Index i) const { return data_ + i * stride_; }
+  Scalar& operator()(Index i, Index j) const { return data_[i * stride_ + j]; }
+
+  /// The rows [first, first + count).
+  Tokens middle_rows(Index first, Index count) const { return {row(first), count, cols_, stride_}; }
+
+  /// The columns [first, first + count): one head's share of every row.
+  Tokens middle_cols(Index first, Index count) const { return {data_ + first, rows_, count, stride_}; }
+
+  Map matrix() const { return Map(data_, rows_, cols_, Eigen::OuterStride<>(stride_)); }
+
+ private:
+  template <class Dense>
+  static Scalar* address(Dense&& matrix) {
+    using Source = std::remove_cvref_t<Dense>;
+    static_assert(detail::has_direct_access<Source>,
+                  "nearfar: tokens are a matrix in memory, not an expression: evaluate it into a matrix first.");
+    using Element = std::remove_pointer_t<decltype(matrix.data())>;
+    static_assert(Source::IsRowMajor, "nearfar: tokens are row-major, one row a token: this matrix is column-major.");
+    static_assert(std::is_same_v<std::remove_const_t<Element>, std::remove_const_t<Scalar>>,
+                  "nearfar: the matrix and the attention have different scalar types.");
+    static_assert(std::is_const_v<Scalar> || !std::is_const_v<Element>,
+                  "nearfar: the result cannot be written into a const matrix.");
+    return matrix.data();
+  }
+
+  Scalar* data_ = nullptr;
+  Index rows_ = 0;
+  Index cols_ = 0;
+  Index stride_ = 0;
+};
+
+}  // namespace NEARFAR_VERSION_NAMESPACE
+}  // namespace nearfar
