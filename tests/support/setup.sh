@@ -1,0 +1,55 @@
+# Sourced by tests/run and bench/run: installs what is missing and builds.
+
+top=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+jobs=$(nproc 2>/dev/null || echo 2)
+
+say() { printf '== %s\n' "$*"; }
+
+fail() {
+  printf '%s: %s\n' "$0" "$*" >&2
+  exit 1
+}
+
+as_root() {
+  if [ "$(id -u)" -eq 0 ]; then
+    "$@"
+  elif command -v sudo >/dev/null; then
+    sudo "$@"
+  else
+    fail "this needs root, and there is no sudo. Run as root: $*"
+  fi
+}
+
+# need_packages PACKAGE...: installs those Debian packages that are missing, after saying so.
+need_packages() {
+  if ! command -v apt-get >/dev/null; then
+    fail "this system has no apt-get. Install (by their Debian names): $*. Then build with CMake as README.md says."
+  fi
+  local package missing=()
+  for package in "$@"; do
+    [ "$(dpkg-query --show --showformat '${db:Status-Status}' "$package" 2>/dev/null)" = installed ] ||
+      missing+=("$package")
+  done
+  [ ${#missing[@]} -gt 0 ] || return 0
+  say "Installing Debian packages: ${missing[*]}"
+  as_root apt-get update --quiet
+  as_root env DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes --no-install-recommends "${missing[@]}"
+}
+
+# configure_and_build DIR [-DOPTION=VALUE]... [TARGET]...: configures the checkout into DIR with the options and builds
+# the targets, or all where none is named.
+configure_and_build() {
+  local dir=$1 argument options=() targets=()
+  shift
+  for argument in "$@"; do
+    case $argument in
+      -*) options+=("$argument") ;;
+      *) targets+=("$argument") ;;
+    esac
+  done
+  [ ${#targets[@]} -gt 0 ] || targets=(all)
+  say "Configuring $dir"
+  cmake -S "$top" -B "$dir" -G Ninja "${options[@]}"
+  say "Building $dir with $jobs jobs"
+  cmake --build "$dir" --parallel "$jobs" --target "${targets[@]}"
+}
