@@ -22,8 +22,8 @@ struct Window {
   bool operator==(const Window&) const = default;
 };
 
-/// The keys [first, end) of one sequence.
-struct KeyRange {
+/// The places [first, end) of one sequence.
+struct Range {
   Index first = 0;
   Index end = 0;
 
@@ -48,17 +48,13 @@ class Band {
   Index end(Index query) const { return std::clamp<Index>(query + shift_ + right_ + 1, 0, key_count_); }
 
   /// All keys that some query of [query, query + count) sees.
-  KeyRange seen_by_any(Index query, Index count) const { return {first(query), end(query + count - 1)}; }
+  Range seen_by_any(Index query, Index count) const { return {first(query), end(query + count - 1)}; }
 
   /// Those that every query of [query, query + count) sees: the tiles within need no mask.
-  KeyRange seen_by_all(Index query, Index count) const { return {first(query + count - 1), end(query)}; }
+  Range seen_by_all(Index query, Index count) const { return {first(query + count - 1), end(query)}; }
 
-  /// The queries that see some key of [key, key + count), among the `query_count` of the sequence: the walk of the
-  /// backward pass, from keys to queries.
-  KeyRange seeing_any(Index key, Index count, Index query_count) const {
-    return {std::clamp<Index>(key - shift_ - right_, 0, query_count),
-            std::clamp<Index>(key + count - shift_ + left_, 0, query_count)};
-  }
+  /// The queries that see a key; they need not all exist.
+  Range seeing(Index key) const { return {key - shift_ - right_, key - shift_ + left_ + 1}; }
 
  private:
   Index left_;

@@ -1,0 +1,81 @@
+#pragma once
+
+#include <nearfar/detail/simd.hpp>
+
+#include <array>
+#include <bit>
+#include <cstdint>
+#include <type_traits>
+
+namespace nearfar {
+inline namespace NEARFAR_VERSION_NAMESPACE {
+namespace detail {
+
+/// What exp2 needs to know of a floating-point type.
+template <class T>
+struct Exp2;
+
+template <>
+struct Exp2<float> {
+  using Bits = std::uint32_t;
+  static constexpr int mantissa_bits = 23;
+  static constexpr float smallest_exponent = -127;
+  /// Adding it pushes a number's fraction out of the mantissa: what is left below is the nearest integer.
+  static constexpr float round_to_integer = 0x1.8p23f;
+  /// (2^r - 1) / r on [-1/2, 1/2], with the least error of 2^r in units of the last place.
+  static constexpr std::array<float, 5> polynomial = {0.6931468289729557f, 0.24022236743264505f, 0.055508915977973236f,
+                                                      0.009671782215649254f, 0.0013225737862836318f};
+};
+
+template <>
+struct Exp2<double> {
+  using Bits = std::uint64_t;
+  static constexpr int mantissa_bits = 52;
+  static constexpr double smallest_exponent = -1023;
+  static constexpr double round_to_integer = 0x1.8p52;
+  /// As above.
+  static constexpr std::array<double, 11> polynomial = {
+      0.6931471805599453,     0.24022650695910097,   0.0555041086648216,    0.009618129107606888,
+      0.0013333558146416936,  0.0001540353044173605, 1.525273382983612e-05, 1.321544258792169e-06,
+      1.0178062445845774e-07, 7.072585949269223e-09, 4.4549605981865186e-10};
+};
+
+/// value * 2^n, where the low bits of `shifted` = n + round_to_integer hold n: n is added to the exponent bits.
+template <class T>
+NEARFAR_INLINE Packet<T> add_to_exponent(const Packet<T>& value, const Packet<T>& shifted) {
+  using Bits = typename Exp2<T>::Bits;
+#if defined(__GNUC__)
+  typedef Bits Lanes __attribute__((vector_size(sizeof(Bits) * lanes<T>)));
+  return std::bit_cast<Packet<T>>(std::bit_cast<Lanes>(value) +
+                                  (std::bit_cast<Lanes>(shifted) << Exp2<T>::mantissa_bits));
+#else
+  using Lanes = std::array<Bits, lanes<T>>;
+  Lanes bits = std::bit_cast<Lanes>(value);
+  const Lanes exponent = std::bit_cast<Lanes>(shifted);
+  for (std::size_t i = 0; i < bits.size(); ++i) bits[i] += exponent[i] << Exp2<T>::mantissa_bits;
+  return std::bit_cast<Packet<T>>(bits);
+#endif
+}
+
+/// 2^x in every lane, within 2 units in the last place where 2^x is a normal number.
+///
+/// -infinity gives exactly 0 and NaN gives NaN; results below the smallest normal number may be anything from 0 to it.
+/// x must stay below the largest exponent (128 or 1024): a softmax never asks for more than 2^0.
+template <class T>
+NEARFAR_INLINE Packet<T> exp2(const Packet<T>& x) {
+  using Traits = Exp2<T>;
+  const Packet<T> magic = pset1<Packet<T>>(Traits::round_to_integer);
+  // At the smallest exponent r is 0 and the polynomial exactly 1, whose exponent bits the addition turns into zero.
+  const Packet<T> clamped = pmax(x, pset1<Packet<T>>(Traits::smallest_exponent));
+  const Packet<T> shifted = padd(clamped, magic);
+  const Packet<T> r = psub(clamped, psub(shifted, magic));
+  constexpr auto& c = Traits::polynomial;
+  Packet<T> p = pset1<Packet<T>>(c.back());
+  for (std::size_t i = c.size() - 1; i-- > 0;) p = pmadd(p, r, pset1<Packet<T>>(c[i]));
+  p = pmadd(p, r, pset1<Packet<T>>(T(1)));
+  return add_to_exponent<T>(p, shifted);
+}
+
+}  // namespace detail
+}  // namespace NEARFAR_VERSION_NAMESPACE
+}  // namespace nearfar

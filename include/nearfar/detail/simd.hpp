@@ -1,0 +1,98 @@
+#pragma once
+
+#include <nearfar/tokens.hpp>
+
+#include <algorithm>
+
+#if defined(_MSC_VER) && !defined(__clang__)
+#define NEARFAR_INLINE __forceinline
+#else
+#define NEARFAR_INLINE [[gnu::always_inline]] inline
+#endif
+
+// Loops over the registers of a tile must vanish at every optimisation level, or the tile lives in memory.
+#if defined(__clang__)
+#define NEARFAR_UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__)
+#define NEARFAR_UNROLL _Pragma("GCC unroll 32")
+#else
+#define NEARFAR_UNROLL
+#endif
+
+namespace nearfar {
+inline namespace NEARFAR_VERSION_NAMESPACE {
+namespace detail {
+
+// The vector layer is Eigen's packet functions, which stand for every instruction set that Eigen knows. They say what
+// the hardware shall do (a fused multiply-add, a vector maximum) where a compiler left to plain loops decides for
+// itself.
+using Eigen::internal::padd;
+using Eigen::internal::pcmp_eq;
+using Eigen::internal::pcmp_lt;
+using Eigen::internal::pload1;
+using Eigen::internal::ploadu;
+using Eigen::internal::plset;
+using Eigen::internal::pmadd;
+using Eigen::internal::pmax;
+using Eigen::internal::pmul;
+using Eigen::internal::pselect;
+using Eigen::internal::pset1;
+using Eigen::internal::pstoreu;
+using Eigen::internal::psub;
+using Eigen::internal::ptranspose;
+using Eigen::internal::pzero;
+
+/// The widest vector of T on the machine compiled for.
+template <class T>
+using Packet = typename Eigen::internal::packet_traits<T>::type;
+
+/// How many T it holds.
+template <class T>
+inline constexpr int lanes = Eigen::internal::unpacket_traits<Packet<T>>::size;
+
+/// How many vector registers there are: it bounds the tile that a microkernel can hold.
+inline constexpr int vector_registers = EIGEN_ARCH_DEFAULT_NUMBER_OF_REGISTERS;
+
+/// The smallest multiple of `step` that is not below `count`.
+constexpr Index round_up(Index count, Index step) { return (count + step - 1) / step * step; }
+
+/// Asks for the cache line of an address that will be read soon.
+NEARFAR_INLINE void prefetch(const void* address) {
+#if defined(__GNUC__)
+  __builtin_prefetch(address);
+#else
+  (void)address;
+#endif
+}
+
+/// to(c, r) = scale * from(r, c) for one square block of as many rows as a packet has lanes.
+template <class P, class T>
+NEARFAR_INLINE void transpose_block(const T* from, Index from_stride, const P& scale, T* to, Index to_stride) {
+  constexpr int width = Eigen::internal::unpacket_traits<P>::size;
+  Eigen::internal::PacketBlock<P, width> block;
+  for (int i = 0; i < width; ++i) block.packet[i] = pmul(ploadu<P>(from + i * from_stride), scale);
+  if constexpr (width > 1) ptranspose(block);
+  for (int i = 0; i < width; ++i) pstoreu(to + i * to_stride, block.packet[i]);
+}
+
+/// to(c, r) = factor * from(r, c) for a rows x cols matrix.
+template <class T>
+void transpose(const T* from, Index from_stride, Index rows, Index cols, T factor, T* to, Index to_stride) {
+  constexpr Index width = lanes<T>;
+  const Packet<T> scale = pset1<Packet<T>>(factor);
+  for (Index r = 0; r < rows; r += width) {
+    Index c = 0;
+    if (r + width <= rows) {
+      for (; c + width <= cols; c += width) {
+        transpose_block(from + r * from_stride + c, from_stride, scale, to + c * to_stride + r, to_stride);
+      }
+    }
+    for (Index i = r; i < std::min(r + width, rows); ++i) {
+      for (Index j = c; j < cols; ++j) to[j * to_stride + i] = factor * from[i * from_stride + j];
+    }
+  }
+}
+
+}  // namespace detail
+}  // namespace NEARFAR_VERSION_NAMESPACE
+}  // namespace nearfar

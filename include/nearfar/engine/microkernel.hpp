@@ -1,0 +1,75 @@
+#pragma once
+
+#include <nearfar/detail/simd.hpp>
+
+namespace nearfar {
+inline namespace NEARFAR_VERSION_NAMESPACE {
+namespace detail {
+
+/// A matrix read one number at a time: element (r, k) stands at data[r * row_stride + k * depth_stride].
+/// Either stride may be 1, so one kernel multiplies by a matrix and by its transpose, and nothing is ever transposed.
+template <class T>
+struct Broadcast {
+  const T* data;
+  Index row_stride;
+  Index depth_stride;
+
+  Broadcast rows_from(Index r) const { return {data + r * row_stride, row_stride, depth_stride}; }
+};
+
+/// The register tile: `tile_rows` rows of `Vectors` vectors each, as many as the registers hold beside the vectors and
+/// the one broadcast number that an inner step reads. Two vectors share a broadcast, which keeps the load ports ahead
+/// of the multiply-adds; a single vector takes twice the rows.
+template <int Vectors>
+inline constexpr int tile_rows = vector_registers >= 32 ? 16 / Vectors : (vector_registers - 4) / Vectors;
+
+/// Calls visit(std::integral_constant<int, rows>, first) for consecutive groups of rows that cover `rows`: full
+/// register tiles, then what is left in tiles of 4, 2 and 1.
+template <int Vectors, class Visit>
+NEARFAR_INLINE void for_each_tile(Index rows, Visit&& visit) {
+  constexpr int full = tile_rows<Vectors>;
+  Index r = 0;
+  for (; r + full <= rows; r += full) visit(std::integral_constant<int, full>{}, r);
+  if constexpr (full > 8) {
+    if (r + 8 <= rows) visit(std::integral_constant<int, 8>{}, r), r += 8;
+  }
+  if constexpr (full > 4) {
+    if (r + 4 <= rows) visit(std::integral_constant<int, 4>{}, r), r += 4;
+  }
+  if (r + 2 <= rows) visit(std::integral_constant<int, 2>{}, r), r += 2;
+  if (r < rows) visit(std::integral_constant<int, 1>{}, r);
+}
+
+/// C = start + A B for one panel of Vectors * lanes<T> columns.
+///
+/// A is `rows` x depth, B is depth x panel with row stride b_stride; start(r, v) gives the vector of C that row r
+/// begins with and finish(r, v, c) takes the result. Each number of A meets Vectors multiply-adds; the accumulators
+/// stay in registers from the first step to the last.
+template <int Vectors, class T, class Start, class Finish>
+NEARFAR_INLINE void multiply(Broadcast<T> a, Index rows, const T* b, Index b_stride, Index depth, Start&& start,
+                             Finish&& finish) {
+  for_each_tile<Vectors>(rows, [&](auto tile, Index first) {
+    constexpr int count = decltype(tile)::value;
+    Packet<T> c[count][Vectors];
+    NEARFAR_UNROLL for (int r = 0; r < count; ++r) {
+      NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) c[r][v] = start(first + r, v);
+    }
+    const T* column = a.data + first * a.row_stride;
+    const T* row = b;
+    for (Index k = 0; k < depth; ++k, column += a.depth_stride, row += b_stride) {
+      Packet<T> vectors[Vectors];
+      NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) vectors[v] = ploadu<Packet<T>>(row + v * lanes<T>);
+      NEARFAR_UNROLL for (int r = 0; r < count; ++r) {
+        const Packet<T> number = pset1<Packet<T>>(column[r * a.row_stride]);
+        NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) c[r][v] = pmadd(number, vectors[v], c[r][v]);
+      }
+    }
+    NEARFAR_UNROLL for (int r = 0; r < count; ++r) {
+      NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) finish(first + r, v, c[r][v]);
+    }
+  });
+}
+
+}  // namespace detail
+}  // namespace NEARFAR_VERSION_NAMESPACE
+}  // namespace nearfar

@@ -1,0 +1,183 @@
+#pragma once
+
+#include <nearfar/detail/scratch.hpp>
+#include <nearfar/engine/microkernel.hpp>
+#include <nearfar/mask.hpp>
+#include <nearfar/online_softmax.hpp>
+
+#include <algorithm>
+
+namespace nearfar {
+inline namespace NEARFAR_VERSION_NAMESPACE {
+namespace detail {
+
+/// Up to `capacity` keys and their values, copied side by side out of wherever they lie.
+///
+/// The copy takes the rows of one head, which lie far apart and would crowd into a fraction of the cache sets; it
+/// leaves out masked keys, so that nothing of theirs is ever read; and it is where a narrower storage type would be
+/// widened. `bias` is what a key's scores start from, in units of log 2: 0, or log2 of the mass of a pooled key.
+template <class T>
+class KeyTile {
+ public:
+  static constexpr Index capacity = 128;
+
+  KeyTile(Scratch& scratch, Index dim, Index value_dim)
+      : dim_(dim),
+        value_dim_(value_dim),
+        key_(scratch.take<T>(capacity * dim)),
+        value_(scratch.take<T>(capacity * value_dim)),
+        bias_(scratch.take<T>(capacity)),
+        position_(scratch.take<Index>(capacity)) {}
+
+  Index count() const { return count_; }
+  bool full() const { return count_ == capacity; }
+  void clear() { count_ = 0; }
+
+  template <class Storage>
+  void append(const Storage* key, const Storage* value, Index position, T bias = T(0)) {
+    std::copy_n(key, dim_, key_ + count_ * dim_);
+    std::copy_n(value, value_dim_, value_ + count_ * value_dim_);
+    bias_[count_] = bias;
+    position_[count_] = position;
+    ++count_;
+  }
+
+  /// The keys that stand in `range`, as places in this tile. Positions increase.
+  Range within(Range range) const {
+    const Index* begin = position_;
+    const Index* end = begin + count_;
+    return {std::lower_bound(begin, end, range.first) - begin, std::lower_bound(begin, end, range.end) - begin};
+  }
+
+  Broadcast<T> key() const { return {key_, dim_, 1}; }
+  Broadcast<T> value_transposed() const { return {value_, 1, value_dim_}; }
+  const T* bias() const { return bias_; }
+  Index position(Index j) const { return position_[j]; }
+
+ private:
+  Index dim_;
+  Index value_dim_;
+  T* key_;
+  T* value_;
+  T* bias_;
+  Index* position_;
+  Index count_ = 0;
+};
+
+/// A tile of queries that walks over key tiles, holding the online softmax of what it has seen.
+///
+/// Queries lie on the vector lanes, in panels of `width`: scores are S^T = K Q^T and values O^T = V^T P^T, so that K
+/// and V are read number by number as they stand, row maxima and sums need no work across lanes, and only Q is
+/// transposed on the way in and O on the way out. A panel's scores over one key tile stay in the first-level cache.
+template <class T, int Vectors>
+class QueryTile {
+ public:
+  using Panel = OnlineSoftmax<T, Vectors>;
+  static constexpr Index width = Panel::width;
+
+  /// Room for `capacity` queries of `dim` features against values of `value_dim`.
+  QueryTile(Scratch& scratch, Index capacity, Index dim, Index value_dim)
+      : dim_(dim),
+        value_dim_(value_dim),
+        query_(scratch.take<T>(round_up(capacity, width) * dim)),
+        state_(scratch.take<T>(round_up(capacity, width) * (value_dim + 2))),
+        scores_(scratch.take<T>(KeyTile<T>::capacity * width)) {}
+
+  /// Takes `count` queries, the first of them number `first` of its sequence, times `factor`; sees no key yet.
+  template <class Storage>
+  void load(const Storage* rows, Index stride, Index first, Index count, T factor) {
+    first_ = first;
+    count_ = count;
+    for (Index p = 0; p < panels(); ++p) {
+      if (in_panel(p) < width) std::fill_n(query(p), width * dim_, T(0));
+      transpose(rows + p * width * stride, stride, in_panel(p), dim_, factor, query(p), width);
+      panel(p).start();
+    }
+  }
+
+  /// Attends to all keys of the tile.
+  void visit(const KeyTile<T>& keys) {
+    for (Index p = 0; p < panels(); ++p) attend(p, keys, {0, keys.count()}, [](Index, int, Packet<T> s) { return s; });
+  }
+
+  /// Attends to the keys of the tile that the band lets each query see.
+  void visit(const KeyTile<T>& keys, const Band& band) {
+    for (Index p = 0; p < panels(); ++p) {
+      const Index query = first_ + p * width;
+      const Range any = keys.within(band.seen_by_any(query, in_panel(p)));
+      if (any.count() == 0) continue;
+      const Range all = keys.within(band.seen_by_all(query, in_panel(p)));
+      if (all.first <= any.first && any.end <= all.end) {
+        attend(p, keys, any, [](Index, int, Packet<T> s) { return s; });
+      } else {
+        attend(p, keys, any, [&](Index j, int v, Packet<T> s) {
+          // Key j is seen by the queries [from, to) of the panel, that is by the lanes between.
+          const Range seeing = band.seeing(keys.position(j));
+          const Packet<T> lane = plset<Packet<T>>(T(v * lanes<T>));
+          const Packet<T> from = pset1<Packet<T>>(T(seeing.first - query));
+          const Packet<T> to = pset1<Packet<T>>(T(seeing.end - query));
+          const Packet<T> hidden = pset1<Packet<T>>(-infinity<T>);
+          return pselect(pcmp_lt(lane, from), hidden, pselect(pcmp_lt(lane, to), s, hidden));
+        });
+      }
+    }
+  }
+
+  /// Writes the result of each query to its row of out, and its log-sum-exp beside where that is not null.
+  template <class Storage>
+  void finish(Storage* out, Index stride, Storage* log_sum_exp) {
+    for (Index p = 0; p < panels(); ++p) {
+      panel(p).finish(in_panel(p), out + p * width * stride, stride,
+                      log_sum_exp == nullptr ? nullptr : log_sum_exp + p * width);
+    }
+  }
+
+  Index panels() const { return (count_ + width - 1) / width; }
+  Index in_panel(Index p) const { return std::min(width, count_ - p * width); }
+
+  Panel panel(Index p) const {
+    T* state = state_ + p * width * (value_dim_ + 2);
+    return {state, state + width, state + 2 * width, value_dim_};
+  }
+
+ private:
+  T* query(Index p) const { return query_ + p * width * dim_; }
+
+  template <class Mask>
+  void attend(Index p, const KeyTile<T>& keys, Range range, Mask&& mask) {
+    const Index count = range.count();
+    Packet<T> max[Vectors];
+    NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) max[v] = pset1<Packet<T>>(-infinity<T>);
+    multiply<Vectors>(
+        keys.key().rows_from(range.first), count, query(p), width, dim_,
+        [&](Index j, int) { return pset1<Packet<T>>(keys.bias()[range.first + j]); },
+        [&](Index j, int v, const Packet<T>& product) {
+          const Packet<T> score = mask(range.first + j, v, product);
+          max[v] = pmax(max[v], score);
+          pstoreu(scores_ + j * width + v * lanes<T>, score);
+        });
+    Panel softmax = panel(p);
+    Packet<T> correction[Vectors];
+    softmax.update(scores_, count, max, correction);
+    const Broadcast<T> value = keys.value_transposed();
+    multiply<Vectors>(
+        Broadcast<T>{value.data + range.first * value.depth_stride, value.row_stride, value.depth_stride}, value_dim_,
+        scores_, width, count, [](Index, int) { return pset1<Packet<T>>(T(0)); },
+        [&](Index c, int v, const Packet<T>& product) {
+          T* o = softmax.value + c * width + v * lanes<T>;
+          pstoreu(o, pmadd(ploadu<Packet<T>>(o), correction[v], product));
+        });
+  }
+
+  Index dim_;
+  Index value_dim_;
+  Index first_ = 0;
+  Index count_ = 0;
+  T* query_;
+  T* state_;
+  T* scores_;
+};
+
+}  // namespace detail
+}  // namespace NEARFAR_VERSION_NAMESPACE
+}  // namespace nearfar

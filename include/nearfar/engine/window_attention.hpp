@@ -1,0 +1,54 @@
+#pragma once
+
+#include <nearfar/detail/tiles.hpp>
+#include <nearfar/engine/query_tile.hpp>
+
+namespace nearfar {
+inline namespace NEARFAR_VERSION_NAMESPACE {
+namespace detail {
+
+/// Softmax attention of every head over the keys that a window shows: the whole of Softmax and of Banded, which differ
+/// in the window alone. Writes out, and the log-sum-exp (heads.query x n_q) where it is not null.
+///
+/// A task is one head of one tile of queries; it walks over the keys that some query of the tile sees, at most
+/// KeyTile::capacity at a time. Work n_q * (keys seen) * (dim + value_dim) a head, memory a tile a thread.
+template <int Vectors, class Scalar>
+void window_attention(Work& work, const Heads& heads, Window window, double scale, const Inputs<Scalar>& inputs,
+                      Tokens<Scalar> out, Scalar* log_sum_exp, Index tile_rows) {
+  using T = Accumulator<Scalar>;
+  const Index dim = heads.dim;
+  const Index value_dim = heads.value_width();
+  const Tiles tiles(work, inputs, tile_rows);
+  // Causal work grows along a sequence: the last tiles come first, so that no long task is left for the end.
+  work.for_each(tiles.count() * heads.query, [&](Index task, Scratch& scratch) {
+    const Tile tile = tiles[tiles.count() - 1 - task / heads.query];
+    const Index head = task % heads.query;
+    const Index key_head = head / heads.group();
+    const Sequence rows = sequence(inputs, tile.sequence);
+    const Band band(window, rows.query_count, rows.key_count);
+    const std::uint8_t* mask = key_mask(inputs, rows);
+
+    QueryTile<T, Vectors> queries(scratch, tile.count, dim, value_dim);
+    KeyTile<T> keys(scratch, dim, value_dim);
+    queries.load(inputs.query.row(rows.query_begin + tile.first) + head * dim, inputs.query.stride(), tile.first,
+                 tile.count, T(scale) * log2_e<T>);
+    const Range seen = band.seen_by_any(tile.first, tile.count);
+    for (Index j = seen.first; j < seen.end; ++j) {
+      if (mask == nullptr || mask[j] != 0) {
+        keys.append(inputs.key.row(rows.key_begin + j) + key_head * dim,
+                    inputs.value.row(rows.key_begin + j) + key_head * value_dim, j);
+      }
+      if (keys.full() || j + 1 == seen.end) {
+        queries.visit(keys, band);
+        keys.clear();
+      }
+    }
+    queries.finish(
+        out.row(rows.query_begin + tile.first) + head * value_dim, out.stride(),
+        log_sum_exp == nullptr ? nullptr : log_sum_exp + head * inputs.query.rows() + rows.query_begin + tile.first);
+  });
+}
+
+}  // namespace detail
+}  // namespace NEARFAR_VERSION_NAMESPACE
+}  // namespace nearfar

@@ -1,0 +1,98 @@
+#pragma once
+
+#include <nearfar/detail/exp.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+namespace nearfar {
+inline namespace NEARFAR_VERSION_NAMESPACE {
+namespace detail {
+
+template <class T>
+inline constexpr T infinity = std::numeric_limits<T>::infinity();
+
+template <class T>
+inline constexpr T log2_e = T(1.4426950408889634074);
+
+template <class T>
+inline constexpr T ln_2 = T(0.69314718055994530942);
+
+/// The softmax of a panel of queries over the keys met so far, one query a lane, as the triple of online softmax:
+///
+///   max_i = max_j s_ij      sum_i = sum_j 2^(s_ij - max_i)      value_i = sum_j 2^(s_ij - max_i) v_j
+///
+/// with scores s in units of log 2, so that exp is exp2. Before any key it is (-infinity, 0, 0). Triples over different
+/// keys merge by rescaling to the larger maximum; value_i / sum_i is the attention and max_i + log2 sum_i the
+/// log-sum-exp (Milakov and Gimelshein, arXiv 1805.02867; Dao et al., FlashAttention, arXiv 2205.14135, algorithm 1).
+template <class T, int Vectors>
+struct OnlineSoftmax {
+  static constexpr Index width = Vectors * lanes<T>;
+
+  T* max;    // width
+  T* sum;    // width
+  T* value;  // value_dim x width
+  Index value_dim;
+
+  void start() {
+    std::fill_n(max, width, -infinity<T>);
+    std::fill_n(sum, width, T(0));
+    std::fill_n(value, value_dim * width, T(0));
+  }
+
+  /// Takes the maxima of further scores (count x width) into the triple's maximum, replaces each score by
+  /// 2^(score - maximum), adds these to the sum, and gives the factor by which the old value shrinks.
+  NEARFAR_INLINE void update(T* scores, Index count, const Packet<T> (&new_max)[Vectors],
+                             Packet<T> (&correction)[Vectors]) {
+    Packet<T> shift[Vectors];
+    Packet<T> total[Vectors];
+    NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) {
+      const Packet<T> old = ploadu<Packet<T>>(max + v * lanes<T>);
+      const Packet<T> larger = pmax(old, new_max[v]);
+      pstoreu(max + v * lanes<T>, larger);
+      // -infinity - -infinity would be NaN: a query that has seen no key yet shifts by nothing.
+      const Packet<T> none = pset1<Packet<T>>(-infinity<T>);
+      shift[v] = pselect(pcmp_eq(larger, none), pset1<Packet<T>>(T(0)), larger);
+      correction[v] = exp2<T>(psub(old, shift[v]));
+      total[v] = pset1<Packet<T>>(T(0));
+    }
+    for (Index j = 0; j < count; ++j) {
+      NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) {
+        T* score = scores + j * width + v * lanes<T>;
+        const Packet<T> weight = exp2<T>(psub(ploadu<Packet<T>>(score), shift[v]));
+        pstoreu(score, weight);
+        total[v] = padd(total[v], weight);
+      }
+    }
+    // Each tile's sum starts at zero and joins by one multiply-add: short sums keep the rounding errors small.
+    NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) {
+      T* s = sum + v * lanes<T>;
+      pstoreu(s, pmadd(ploadu<Packet<T>>(s), correction[v], total[v]));
+    }
+  }
+
+  /// Writes the attention of `count` queries, value / sum, to the rows of out, and where `log_sum_exp` is not null its
+  /// natural logarithm form beside. A query that saw no key gets zeros and -infinity. Uses up the triple.
+  template <class Out>
+  void finish(Index count, Out* out, Index out_stride, Out* log_sum_exp) {
+    for (Index i = 0; i < count; ++i) {
+      if (log_sum_exp != nullptr) {
+        log_sum_exp[i] = sum[i] == T(0) ? -infinity<T> : Out(ln_2<T> * max[i] + std::log(sum[i]));
+      }
+      sum[i] = sum[i] == T(0) ? T(0) : T(1) / sum[i];
+    }
+    for (int v = 0; v < Vectors; ++v) {
+      const Packet<T> inverse = ploadu<Packet<T>>(sum + v * lanes<T>);
+      for (Index c = 0; c < value_dim; ++c) {
+        T* o = value + c * width + v * lanes<T>;
+        pstoreu(o, pmul(ploadu<Packet<T>>(o), inverse));
+      }
+    }
+    transpose(value, width, value_dim, count, T(1), out, out_stride);
+  }
+};
+
+}  // namespace detail
+}  // namespace NEARFAR_VERSION_NAMESPACE
+}  // namespace nearfar
