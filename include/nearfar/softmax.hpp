@@ -63,8 +63,8 @@ class Softmax {
 
   void attend(const Inputs<T>& inputs, Tokens<T> out, T* log_sum_exp, Context& context) const {
     detail::Work work(context);
-    detail::window_attention<2>(work, heads_, options_.causal ? Window{}.causal() : Window{},
-                                detail::scale_or_default(options_.scale, heads_), inputs, out, log_sum_exp, 256);
+    detail::window_attention(work, heads_, options_.causal ? Window{}.causal() : Window{},
+                             detail::scale_or_default(options_.scale, heads_), inputs, out, log_sum_exp);
   }
 
   Heads heads_;

@@ -13,8 +13,9 @@ namespace detail {
 /// A task is one head of one tile of queries; it walks over the keys that some query of the tile sees, at most
 /// KeyTile::capacity at a time. Work n_q * (keys seen) * (dim + value_dim) a head, memory a tile a thread.
 template <int Vectors, class Scalar>
-void window_attention(Work& work, const Heads& heads, Window window, double scale, const Inputs<Scalar>& inputs,
-                      Tokens<Scalar> out, Scalar* log_sum_exp, Index tile_rows) {
+void window_attention_in_panels(Work& work, const Heads& heads, Window window, double scale,
+                                const Inputs<Scalar>& inputs, Tokens<Scalar> out, Scalar* log_sum_exp,
+                                Index tile_rows) {
   using T = Accumulator<Scalar>;
   const Index dim = heads.dim;
   const Index value_dim = heads.value_width();
@@ -47,6 +48,22 @@ void window_attention(Work& work, const Heads& heads, Window window, double scal
         out.row(rows.query_begin + tile.first) + head * value_dim, out.stride(),
         log_sum_exp == nullptr ? nullptr : log_sum_exp + head * inputs.query.rows() + rows.query_begin + tile.first);
   });
+}
+
+/// As above, with the panels that suit the window. A panel visits the keys that any of its queries sees: where the
+/// window is not much wider than the panel, a narrower panel wastes less.
+template <class Scalar>
+void window_attention(Work& work, const Heads& heads, Window window, double scale, const Inputs<Scalar>& inputs,
+                      Tokens<Scalar> out, Scalar* log_sum_exp) {
+  constexpr Index wide = 2 * lanes<Accumulator<Scalar>>;
+  const bool narrow =
+      std::min(window.left, Window::unlimited) + std::min(window.right, Window::unlimited) < 16 * wide ||
+      inputs.query.rows() <= wide / 2;
+  if (narrow) {
+    window_attention_in_panels<1>(work, heads, window, scale, inputs, out, log_sum_exp, 256);
+  } else {
+    window_attention_in_panels<2>(work, heads, window, scale, inputs, out, log_sum_exp, 512);
+  }
 }
 
 }  // namespace detail
