@@ -100,7 +100,29 @@ class QueryTile {
     for (Index p = 0; p < panels(); ++p) attend(p, keys, {0, keys.count()}, [](Index, int, Packet<T> s) { return s; });
   }
 
-  /// Attends to the keys of the tile that the band lets each query see.
+  /// Starts each query where attention to other keys, already finished, has left it: query i where row i / children of
+  /// `out` stands with its log-sum-exp.
+  void start_from(const T* out, Index stride, const T* log_sum_exp, Index children) {
+    for (Index p = 0; p < panels(); ++p) {
+      const Panel softmax = panel(p);
+      const Index first = first_ + p * width;
+      for (Index i = first; i < first + in_panel(p);) {
+        const Index parent = i / children;
+        const Index lane = i - first;
+        const Index count = std::min((parent + 1) * children, first + in_panel(p)) - i;
+        const bool empty = log_sum_exp[parent] == -infinity<T>;
+        std::fill_n(softmax.max + lane, count, empty ? -infinity<T> : log2_e<T> * log_sum_exp[parent]);
+        std::fill_n(softmax.sum + lane, count, empty ? T(0) : T(1));
+        for (Index c = 0; c < value_dim_; ++c) {
+          std::fill_n(softmax.value + c * width + lane, count, out[parent * stride + c]);
+        }
+        i += count;
+      }
+    }
+  }
+
+  /// Attends to the keys of the tile that each query sees, as the band (or whatever else answers as Band does) says.
+  template <class Band>
   void visit(const KeyTile<T>& keys, const Band& band) {
     for (Index p = 0; p < panels(); ++p) {
       const Index query = first_ + p * width;

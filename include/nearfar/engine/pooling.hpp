@@ -1,0 +1,198 @@
+#pragma once
+
+#include <nearfar/context.hpp>
+#include <nearfar/engine/hierarchy.hpp>
+
+#include <cstdint>
+#include <numeric>
+
+namespace nearfar {
+inline namespace NEARFAR_VERSION_NAMESPACE {
+namespace detail {
+
+/// Rows of `dim` features for each of several heads: packed side by side as tokens are, or one head after another as
+/// pooled rows are, whose walks then read memory in order.
+template <class T>
+struct HeadRows {
+  T* data = nullptr;
+  Index row_stride = 0;
+  Index head_stride = 0;
+  Index heads = 0;
+  Index dim = 0;
+
+  T* row(Index head, Index i) const { return data + head * head_stride + i * row_stride; }
+
+  /// The features of row i of one head.
+  auto features(Index head, Index i) const {
+    using Row = Eigen::Array<std::remove_const_t<T>, 1, Eigen::Dynamic>;
+    return Eigen::Map<std::conditional_t<std::is_const_v<T>, const Row, Row>>(row(head, i), dim);
+  }
+
+  void set_zero(Index i) const {
+    for (Index head = 0; head < heads; ++head) features(head, i).setZero();
+  }
+
+  operator HeadRows<const T>() const requires(!std::is_const_v<T>) {
+    return {data, row_stride, head_stride, heads, dim};
+  }
+};
+
+/// Tokens seen as rows of `heads` heads.
+template <class T>
+HeadRows<T> head_rows(Tokens<T> tokens, Index heads) {
+  const Index dim = tokens.cols() / heads;
+  return {tokens.data(), tokens.stride(), dim, heads, dim};
+}
+
+/// Room for `rows` rows of each head, one head after another.
+template <class T>
+HeadRows<T> take_head_rows(Work& work, Index rows, Index heads, Index dim) {
+  return {work.take<T>(heads * rows * dim), dim, rows * dim, heads, dim};
+}
+
+/// How many tokens each pooled row of a hierarchy stands for: of its sub-block, those that exist and are not masked.
+template <class T>
+void count_tokens(const Hierarchy& tree, const std::uint8_t* mask, T* count) {
+  std::fill(count, count + tree.rows(), T(0));
+  for (Index l = 1; l <= tree.levels(); ++l) {
+    T* parents = count + tree.level(l).first_row;
+    for (Index row = 0; row < tree.level(l).groups * tree.rank(); ++row) {
+      if (l > 1) {
+        const T* children = count + tree.level(l - 1).first_row + 2 * row;
+        parents[row] = children[0] + children[1];
+      } else {
+        const Range tokens = tree.sub_block_tokens(row);
+        Index seen = tokens.count();
+        for (Index i = tokens.first; mask != nullptr && i < tokens.end; ++i) seen -= mask[i] == 0;
+        parents[row] = static_cast<T>(seen);
+      }
+    }
+  }
+}
+
+/// Gives all rows of a group an equal share of its tokens, as learned pooling has it, where every row pools them all.
+template <class T>
+void share_mass(const Hierarchy& tree, T* mass) {
+  for (T* group = mass; group != mass + tree.rows(); group += tree.rank()) {
+    const T share = std::accumulate(group, group + tree.rank(), T(0)) / static_cast<T>(tree.rank());
+    std::fill(group, group + tree.rank(), share);
+  }
+}
+
+/// The walk of a hierarchy from its leaves to its root and back, over the threads: trees of some levels are one task
+/// each, whose rows stay in the cache from level to level, and the few rows above them are the caller's.
+///
+/// `visit(l, rows)` handles the pooled rows [rows.first, rows.end) of level l, counted within the level.
+class TreeWalk {
+ public:
+  explicit TreeWalk(const Hierarchy& tree) : tree_(tree) {
+    for (Index tokens = tree.block(); levels_ < tree.levels() && (levels_ == 0 || 2 * tokens <= task_tokens);
+         ++levels_) {
+      if (levels_ > 0) tokens *= 2;
+    }
+    subtrees_ = levels_ == 0 ? 0 : tree.level(levels_).groups;
+  }
+
+  /// Children before their parents: the upward pass.
+  template <class Visit>
+  void upward(Work& work, Visit&& visit) const {
+    work.for_each(subtrees_, [&](Index subtree, Scratch&) {
+      for (Index l = 1; l <= levels_; ++l) visit(l, rows(subtree, l));
+    });
+    for (Index l = levels_ + 1; l <= tree_.levels(); ++l) visit(l, rows(0, l, tree_.level(l).groups));
+  }
+
+  /// Parents before their children: the downward pass.
+  template <class Visit>
+  void downward(Work& work, Visit&& visit) const {
+    for (Index l = tree_.levels(); l > levels_; --l) visit(l, rows(0, l, tree_.level(l).groups));
+    work.for_each(subtrees_, [&](Index subtree, Scratch&) {
+      for (Index l = levels_; l >= 1; --l) visit(l, rows(subtree, l));
+    });
+  }
+
+ private:
+  static constexpr Index task_tokens = 1024;
+
+  Range rows(Index subtree, Index l) const { return rows(subtree, l, Index{1} << (levels_ - l)); }
+
+  Range rows(Index subtree, Index l, Index groups) const {
+    const Index end = std::min((subtree + 1) * groups, tree_.level(l).groups);
+    return {subtree * groups * tree_.rank(), end * tree_.rank()};
+  }
+
+  const Hierarchy& tree_;
+  Index levels_ = 0;  // of a subtree
+  Index subtrees_ = 0;
+};
+
+/// The upward pass of average pooling: the mean of each sub-block of every level, over the tokens that `count` counts.
+///
+/// Level 1 reads the tokens, whole rows one after another; a row of a level above is the mean of its two children
+/// weighted by their counts, which is the mean of all its tokens. Rows that count no token are zero. The order of all
+/// sums is fixed by the hierarchy. Time O(n d), memory O(n d rank / block) for the result.
+template <class T>
+void pool_average(Work& work, const Hierarchy& tree, HeadRows<const T> tokens, const std::uint8_t* mask, const T* count,
+                  HeadRows<T> pooled) {
+  for (Index row = 0; row < tree.rows(); ++row) {
+    if (count[row] == T(0)) pooled.set_zero(row);
+  }
+  TreeWalk(tree).upward(work, [&](Index l, Range rows) {
+    for (Index r = rows.first; r < rows.end; ++r) {
+      const Index parent = tree.level(l).first_row + r;
+      if (count[parent] == T(0)) continue;
+      if (l == 1) {
+        const Range members = tree.sub_block_tokens(r);
+        pooled.set_zero(parent);
+        for (Index i = members.first; i < members.end; ++i) {
+          if (mask != nullptr && mask[i] == 0) continue;
+          for (Index h = 0; h < pooled.heads; ++h) pooled.features(h, parent) += tokens.features(h, i);
+        }
+        const T share = T(1) / count[parent];
+        for (Index h = 0; h < pooled.heads; ++h) pooled.features(h, parent) *= share;
+      } else {
+        const Index child = tree.level(l - 1).first_row + 2 * r;
+        const T share = count[child] / count[parent];
+        for (Index h = 0; h < pooled.heads; ++h) {
+          pooled.features(h, parent) =
+              share * pooled.features(h, child) + (T(1) - share) * pooled.features(h, child + 1);
+        }
+      }
+    }
+  });
+}
+
+/// The gradient of `pool_average`: the downward pass. Each row's gradient is shared out among its children by their
+/// counts and reaches the tokens, to whose gradient it is added. On return `grad_pooled` holds for each row also what
+/// came from above.
+template <class T>
+void pool_average_backward(Work& work, const Hierarchy& tree, const std::uint8_t* mask, const T* count,
+                           HeadRows<T> grad_pooled, HeadRows<T> grad_tokens) {
+  TreeWalk(tree).downward(work, [&](Index l, Range rows) {
+    for (Index r = rows.first; r < rows.end; ++r) {
+      const Index parent = tree.level(l).first_row + r;
+      if (count[parent] == T(0)) continue;
+      if (l == 1) {
+        const Range members = tree.sub_block_tokens(r);
+        const T share = T(1) / count[parent];
+        for (Index i = members.first; i < members.end; ++i) {
+          if (mask != nullptr && mask[i] == 0) continue;
+          for (Index h = 0; h < grad_pooled.heads; ++h) {
+            grad_tokens.features(h, i) += share * grad_pooled.features(h, parent);
+          }
+        }
+      } else {
+        const Index child = tree.level(l - 1).first_row + 2 * r;
+        const T share = count[child] / count[parent];
+        for (Index h = 0; h < grad_pooled.heads; ++h) {
+          grad_pooled.features(h, child) += share * grad_pooled.features(h, parent);
+          grad_pooled.features(h, child + 1) += (T(1) - share) * grad_pooled.features(h, parent);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace detail
+}  // namespace NEARFAR_VERSION_NAMESPACE
+}  // namespace nearfar

@@ -1,0 +1,218 @@
+#pragma once
+
+#include <nearfar/engine/pooling.hpp>
+
+#include <vector>
+
+namespace nearfar {
+inline namespace NEARFAR_VERSION_NAMESPACE {
+
+/// The learned pooling of one level: a depthwise convolution whose window and step are one group.
+///
+///   weight  (dim * rank) x window    row c * rank + r: what channel c of the group's pooled row r takes of each child
+///   bias    1 x (dim * rank)
+///
+/// The children of a group are its tokens, or the 2 * rank pooled rows of its two child groups. All key/value heads
+/// share the weights.
+template <class T>
+struct PoolingConvolution {
+  Matrix<T> weight;
+  Matrix<T> bias;
+};
+
+namespace detail {
+
+/// What the groups of one level pool.
+template <class T>
+struct Children {
+  HeadRows<T> rows;
+  Index window;              ///< children a group
+  Index count;               ///< in all: the last group's may be fewer
+  const std::uint8_t* mask;  ///< null: none is masked
+
+  Range of(Index group) const { return {group * window, std::min((group + 1) * window, count)}; }
+  bool masked(Index child) const { return mask != nullptr && mask[child] == 0; }
+};
+
+/// The learned pooling of a sequence: its upward pass and the gradient's downward pass.
+///
+///   grouped:       K_l[g p + r] = b_l[r] + sum_t  w_l[r, t] * k[g w_l + t]             every level pools the tokens
+///   hierarchical:  K_l[g p + r] = b_l[r] + sum_s  w_l[r, s] * K_{l-1}[2 g p + s]       for l >= 2, s < 2 p
+///
+/// with products feature by feature. Tokens that are masked or past the end enter as zeros, and so do child groups
+/// without a token. Groups without a token are skipped: their rows are zero. Time O(n d rank) a level for the grouped
+/// form; for the hierarchical one that of level 1 and O(n d rank^2 / block) for all others.
+template <class T>
+class ConvolutionPooling {
+ public:
+  /// `mass` is zero in all rows of a group without a token, and only there.
+  ConvolutionPooling(Work& work, const Hierarchy& tree, bool hierarchical,
+                     const std::vector<PoolingConvolution<T>>& levels, Index dim, const std::uint8_t* mask,
+                     const T* mass)
+      : work_(work), tree_(tree), hierarchical_(hierarchical), levels_(levels), dim_(dim), mask_(mask), mass_(mass) {
+    for (Index l = 1; l <= tree.levels(); ++l) taps_[static_cast<std::size_t>(l)] = transpose_taps(l);
+  }
+
+  /// The pooled rows of all levels, from the tokens.
+  void forward(HeadRows<const T> tokens, HeadRows<T> pooled) const {
+    for (Index row = 0; row < tree_.rows(); ++row) {
+      if (mass_[row] == T(0)) pooled.set_zero(row);
+    }
+    const auto pool = [&](Index l, Index group) {
+      if (!absent(l, group)) convolve(l, group, children<const T>(l, tokens, pooled), pooled);
+    };
+    if (hierarchical_) {
+      TreeWalk(tree_).upward(work_, [&](Index l, Range rows) {
+        for (Index g = rows.first / tree_.rank(); g < rows.end / tree_.rank(); ++g) pool(l, g);
+      });
+    } else {
+      // The largest groups first, so that none is left to one thread at the end.
+      for (Index l = tree_.levels(); l >= 1; --l) {
+        work_.for_each(tree_.level(l).groups, [&](Index g, Scratch&) { pool(l, g); });
+      }
+    }
+  }
+
+  /// Adds to the gradients of the tokens, and to those of the parameters, what `grad_pooled` makes of them. On return
+  /// grad_pooled holds for each row also what came from above.
+  void backward(HeadRows<const T> tokens, HeadRows<const T> pooled, HeadRows<T> grad_pooled, HeadRows<T> grad_tokens,
+                std::vector<PoolingConvolution<T>>& grad_levels) const {
+    if (hierarchical_) {
+      TreeWalk(tree_).downward(work_, [&](Index l, Range rows) {
+        const Children<T> grad_children = children<T>(l, grad_tokens, grad_pooled);
+        for (Index g = rows.first / tree_.rank(); g < rows.end / tree_.rank(); ++g) {
+          if (!absent(l, g)) spread(l, g, grad_children.of(g), grad_pooled, grad_children);
+        }
+      });
+    } else if (tree_.levels() > 0) {
+      work_.for_each(tree_.level(1).groups, [&](Index block, Scratch&) {
+        for (Index l = tree_.levels(); l >= 1; --l) {
+          const Index g = block >> (l - 1);
+          const Children<T> grad_children = children<T>(l, grad_tokens, grad_pooled);
+          const Range block_tokens = children<T>(1, grad_tokens, grad_pooled).of(block);
+          if (!absent(l, g)) spread(l, g, block_tokens, grad_pooled, grad_children);
+        }
+      });
+    }
+    for (Index l = 1; l <= tree_.levels(); ++l) {
+      add_parameter_gradients(l, children<const T>(l, tokens, pooled), grad_pooled,
+                              grad_levels[static_cast<std::size_t>(l - 1)]);
+    }
+  }
+
+ private:
+  static constexpr Index taps_a_task = 8;
+
+  using Features = Eigen::Map<const Eigen::Array<T, 1, Eigen::Dynamic>>;
+
+  bool pools_tokens(Index l) const { return l == 1 || !hierarchical_; }
+  Index window(Index l) const { return pools_tokens(l) ? tree_.level(l).width : 2 * tree_.rank(); }
+  Index row(Index l, Index group) const { return tree_.level(l).first_row + group * tree_.rank(); }
+  bool absent(Index l, Index group) const { return mass_[row(l, group)] == T(0); }
+
+  /// What level l pools, be it their values or their gradients.
+  template <class U>
+  Children<U> children(Index l, HeadRows<U> tokens, HeadRows<U> pooled) const {
+    if (pools_tokens(l)) return {tokens, window(l), tree_.tokens(), mask_};
+    pooled.data += tree_.level(l - 1).first_row * pooled.row_stride;
+    return {pooled, window(l), 2 * tree_.rank() * tree_.level(l).groups, nullptr};
+  }
+
+  // Weights as the walk over children meets them: window x rank x dim, features innermost. The bias comes last.
+  T* transpose_taps(Index l) {
+    const PoolingConvolution<T>& level = levels_[static_cast<std::size_t>(l - 1)];
+    const Index rank = tree_.rank();
+    T* taps = work_.take<T>((window(l) + 1) * rank * dim_);
+    for (Index r = 0; r < rank; ++r) {
+      for (Index c = 0; c < dim_; ++c) {
+        for (Index t = 0; t < window(l); ++t) taps[(t * rank + r) * dim_ + c] = level.weight(c * rank + r, t);
+        taps[(window(l) * rank + r) * dim_ + c] = level.bias(0, c * rank + r);
+      }
+    }
+    return taps;
+  }
+
+  Features tap(Index l, Index t, Index r) const {
+    return {taps_[static_cast<std::size_t>(l)] + (t * tree_.rank() + r) * dim_, dim_};
+  }
+  Features bias(Index l, Index r) const { return tap(l, window(l), r); }
+
+  void convolve(Index l, Index group, const Children<const T>& children, HeadRows<T> pooled) const {
+    const Index first = row(l, group);
+    for (Index h = 0; h < pooled.heads; ++h) {
+      for (Index r = 0; r < tree_.rank(); ++r) pooled.features(h, first + r) = bias(l, r);
+    }
+    const Range range = children.of(group);
+    for (Index child = range.first; child < range.end; ++child) {
+      if (children.masked(child)) continue;
+      for (Index h = 0; h < pooled.heads; ++h) {
+        for (Index r = 0; r < tree_.rank(); ++r) {
+          pooled.features(h, first + r) += tap(l, child - range.first, r) * children.rows.features(h, child);
+        }
+      }
+    }
+  }
+
+  // The gradient of `convolve` with respect to the children in `range`, all of one group.
+  void spread(Index l, Index group, Range range, HeadRows<const T> grad_pooled,
+              const Children<T>& grad_children) const {
+    const Index first = row(l, group);
+    for (Index child = range.first; child < range.end; ++child) {
+      if (grad_children.masked(child)) continue;
+      for (Index h = 0; h < grad_pooled.heads; ++h) {
+        for (Index r = 0; r < tree_.rank(); ++r) {
+          grad_children.rows.features(h, child) +=
+              tap(l, child - group * window(l), r) * grad_pooled.features(h, first + r);
+        }
+      }
+    }
+  }
+
+  // The gradient of `convolve` with respect to weight and bias: a task owns some taps and walks all groups and heads.
+  void add_parameter_gradients(Index l, const Children<const T>& children, HeadRows<const T> grad_pooled,
+                               PoolingConvolution<T>& grad) const {
+    const Index rank = tree_.rank();
+    work_.for_each((window(l) - 1) / taps_a_task + 1, [&](Index task, Scratch& scratch) {
+      const Index first_tap = task * taps_a_task;
+      const Index taps = std::min(taps_a_task, window(l) - first_tap);
+      T* sums = scratch.template take<T>((taps + 1) * rank * dim_);
+      std::fill(sums, sums + (taps + 1) * rank * dim_, T(0));
+      const auto sum = [&](Index t, Index r) {
+        return Eigen::Map<Eigen::Array<T, 1, Eigen::Dynamic>>(sums + (t * rank + r) * dim_, dim_);
+      };
+      for (Index g = 0; g < tree_.level(l).groups; ++g) {
+        if (absent(l, g)) continue;
+        for (Index r = 0; r < rank; ++r) {
+          for (Index h = 0; h < grad_pooled.heads; ++h) {
+            const auto grad_row = grad_pooled.features(h, row(l, g) + r);
+            for (Index t = 0; t < taps; ++t) {
+              const Index child = g * window(l) + first_tap + t;
+              if (child >= children.count || children.masked(child)) continue;
+              sum(t, r) += grad_row * children.rows.features(h, child);
+            }
+            if (task == 0) sum(taps, r) += grad_row;
+          }
+        }
+      }
+      for (Index r = 0; r < rank; ++r) {
+        for (Index c = 0; c < dim_; ++c) {
+          for (Index t = 0; t < taps; ++t) grad.weight(c * rank + r, first_tap + t) += sum(t, r)(c);
+          if (task == 0) grad.bias(0, c * rank + r) += sum(taps, r)(c);
+        }
+      }
+    });
+  }
+
+  Work& work_;
+  const Hierarchy& tree_;
+  bool hierarchical_;
+  const std::vector<PoolingConvolution<T>>& levels_;
+  Index dim_;
+  const std::uint8_t* mask_;
+  const T* mass_;
+  std::array<T*, 64> taps_{};
+};
+
+}  // namespace detail
+}  // namespace NEARFAR_VERSION_NAMESPACE
+}  // namespace nearfar
