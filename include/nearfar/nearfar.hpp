@@ -8,4 +8,5 @@
 #include <nearfar/context.hpp>    // threads and working memory
 #include <nearfar/attention.hpp>  // the concepts, and what attention reads
 #include <nearfar/mask.hpp>       // which keys a query sees
+#include <nearfar/softmax.hpp>    // exact attention
 // clang-format on

@@ -33,6 +33,9 @@ template <class Dense>
 inline constexpr bool has_direct_access = (static_cast<unsigned>(Eigen::internal::traits<Dense>::Flags) &
                                            static_cast<unsigned>(Eigen::DirectAccessBit)) != 0;
 
+template <class>
+inline constexpr bool never = false;
+
 }  // namespace detail
 
 /// A view of a sequence: one row a token, the heads packed side by side in the columns. It never owns and never copies.
@@ -53,13 +56,27 @@ class Tokens {
   Tokens(Scalar* data, Index rows, Index cols, Index stride) : data_(data), rows_(rows), cols_(cols), stride_(stride) {}
 
   template <detail::DenseMatrix Dense>
-  Tokens(Dense&& matrix)
-      : data_(address(matrix)), rows_(matrix.rows()), cols_(matrix.cols()), stride_(matrix.outerStride()) {
-    if (matrix.innerStride() != 1 && matrix.cols() > 1) {
-      throw std::invalid_argument(
-          "nearfar::Tokens: the elements of a row must lie side by side (inner stride 1), "
-          "but this matrix has inner stride " +
-          std::to_string(matrix.innerStride()) + ".");
+  Tokens(Dense&& matrix) {
+    using Source = std::remove_reference_t<Dense>;
+    // One branch a mistake, so that each is answered by its sentence alone.
+    if constexpr (!detail::has_direct_access<std::remove_const_t<Source>>) {
+      static_assert(detail::never<Dense>,
+                    "nearfar: tokens are a matrix in memory, not an expression: evaluate it into a matrix first.");
+    } else if constexpr (!Source::IsRowMajor) {
+      static_assert(detail::never<Dense>,
+                    "nearfar: tokens are row-major, one row a token: this matrix is column-major.");
+    } else if constexpr (!std::is_same_v<typename Source::Scalar, std::remove_const_t<Scalar>>) {
+      static_assert(detail::never<Dense>, "nearfar: the matrix and the attention have different scalar types.");
+    } else if constexpr (!std::is_convertible_v<decltype(matrix.data()), Scalar*>) {
+      static_assert(detail::never<Dense>, "nearfar: the result cannot be written into a const matrix.");
+    } else {
+      if (matrix.innerStride() != 1 && matrix.cols() > 1) {
+        throw std::invalid_argument(
+            "nearfar::Tokens: the elements of a row must lie side by side (inner stride 1), "
+            "but this matrix has inner stride " +
+            std::to_string(matrix.innerStride()) + ".");
+      }
+      *this = Tokens(matrix.data(), matrix.rows(), matrix.cols(), matrix.outerStride());
     }
   }
 
@@ -81,20 +98,6 @@ class Tokens {
   Map matrix() const { return Map(data_, rows_, cols_, Eigen::OuterStride<>(stride_)); }
 
  private:
-  template <class Dense>
-  static Scalar* address(Dense&& matrix) {
-    using Source = std::remove_cvref_t<Dense>;
-    static_assert(detail::has_direct_access<Source>,
-                  "nearfar: tokens are a matrix in memory, not an expression: evaluate it into a matrix first.");
-    using Element = std::remove_pointer_t<decltype(matrix.data())>;
-    static_assert(Source::IsRowMajor, "nearfar: tokens are row-major, one row a token: this matrix is column-major.");
-    static_assert(std::is_same_v<std::remove_const_t<Element>, std::remove_const_t<Scalar>>,
-                  "nearfar: the matrix and the attention have different scalar types.");
-    static_assert(std::is_const_v<Scalar> || !std::is_const_v<Element>,
-                  "nearfar: the result cannot be written into a const matrix.");
-    return matrix.data();
-  }
-
   Scalar* data_ = nullptr;
   Index rows_ = 0;
   Index cols_ = 0;

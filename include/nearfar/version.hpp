@@ -5,7 +5,7 @@
 #define NEARFAR_VERSION_MINOR 1
 #define NEARFAR_VERSION_PATCH 0
 
-#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__) || defined(_M_FP_FAST)
 #error "nearfar needs infinities and NaN: build without -ffast-math and -ffinite-math-only."
 #endif
 

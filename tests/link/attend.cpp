@@ -1,0 +1,27 @@
+#include "attend.hpp"
+
+#include <nearfar/nearfar.hpp>
+
+#define TEXT_OF(value) #value
+#define TEXT(value) TEXT_OF(value)
+
+namespace UNIT {
+
+std::string version_namespace() { return TEXT(NEARFAR_VERSION_NAMESPACE); }
+
+std::vector<float> attend(const std::vector<float>& tokens) {
+  constexpr int width = head_count * head_dim;
+  const nearfar::Heads heads{.query = head_count, .key_value = head_count, .dim = head_dim};
+  const nearfar::Tokens<const float> view(tokens.data(), token_count, width, width);
+  std::vector<float> all;
+  const auto append = [&](const auto& attention) {
+    nearfar::Matrix<float> out(token_count, width);
+    attention.forward({view, view, view}, out);
+    all.insert(all.end(), out.data(), out.data() + out.size());
+  };
+  append(nearfar::Softmax<float>(heads));
+  append(nearfar::Softmax<float>(heads, {.causal = true}));
+  return all;
+}
+
+}  // namespace UNIT
