@@ -3,6 +3,7 @@
 #include <nearfar/tokens.hpp>
 
 #include <algorithm>
+#include <type_traits>
 
 #if defined(_MSC_VER) && !defined(__clang__)
 #define NEARFAR_INLINE __forceinline
@@ -35,6 +36,7 @@ using Eigen::internal::plset;
 using Eigen::internal::pmadd;
 using Eigen::internal::pmax;
 using Eigen::internal::pmul;
+using Eigen::internal::predux;
 using Eigen::internal::pselect;
 using Eigen::internal::pset1;
 using Eigen::internal::pstoreu;
@@ -63,6 +65,24 @@ NEARFAR_INLINE void prefetch(const void* address) {
 #else
   (void)address;
 #endif
+}
+
+/// Asks for a cache line that will be read in a while, in the second-level cache: the first has few lines to wait with.
+NEARFAR_INLINE void prefetch_far(const void* address) {
+#if defined(__GNUC__)
+  __builtin_prefetch(address, 0, 2);
+#else
+  (void)address;
+#endif
+}
+
+/// Calls body(tag, c) for numbers 0 .. count - 1 of a row, a vector of them at a time and what is left one by one:
+/// `typename decltype(tag)::type` is Packet<T>, then T, and the packet functions take either.
+template <class T, class Body>
+NEARFAR_INLINE void for_each_packet(Index count, Body&& body) {
+  Index c = 0;
+  for (; c + lanes<T> <= count; c += lanes<T>) body(std::type_identity<Packet<T>>{}, c);
+  for (; c < count; ++c) body(std::type_identity<T>{}, c);
 }
 
 /// to(c, r) = scale * from(r, c) for one square block of as many rows as a packet has lanes.
