@@ -9,7 +9,17 @@
 #error "nearfar needs infinities and NaN: build without -ffast-math and -ffinite-math-only."
 #endif
 
+// g++ mistakes the operand that some AVX-512 intrinsics leave undefined on purpose for an uninitialised variable, and
+// warns wherever Eigen's packet functions are inlined.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <Eigen/Core>
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 
 // Everything lives in an inline namespace named by version and instruction set, so that translation units built with
 // different -march flags carry different symbols and the linker never swaps one's kernels for the other's.
