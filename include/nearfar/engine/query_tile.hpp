@@ -1,6 +1,6 @@
 #pragma once
 
-#include <nearfar/detail/scratch.hpp>
+#include <nearfar/engine/key_tile.hpp>
 #include <nearfar/engine/microkernel.hpp>
 #include <nearfar/mask.hpp>
 #include <nearfar/online_softmax.hpp>
@@ -10,59 +10,6 @@
 namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
 namespace detail {
-
-/// Up to `capacity` keys and their values, copied side by side out of wherever they lie.
-///
-/// The copy takes the rows of one head, which lie far apart and would crowd into a fraction of the cache sets; it
-/// leaves out masked keys, so that nothing of theirs is ever read; and it is where a narrower storage type would be
-/// widened. `bias` is what a key's scores start from, in units of log 2: 0, or log2 of the mass of a pooled key.
-template <class T>
-class KeyTile {
- public:
-  static constexpr Index capacity = 128;
-
-  KeyTile(Scratch& scratch, Index dim, Index value_dim)
-      : dim_(dim),
-        value_dim_(value_dim),
-        key_(scratch.take<T>(capacity * dim)),
-        value_(scratch.take<T>(capacity * value_dim)),
-        bias_(scratch.take<T>(capacity)),
-        position_(scratch.take<Index>(capacity)) {}
-
-  Index count() const { return count_; }
-  bool full() const { return count_ == capacity; }
-  void clear() { count_ = 0; }
-
-  template <class Storage>
-  void append(const Storage* key, const Storage* value, Index position, T bias = T(0)) {
-    std::copy_n(key, dim_, key_ + count_ * dim_);
-    std::copy_n(value, value_dim_, value_ + count_ * value_dim_);
-    bias_[count_] = bias;
-    position_[count_] = position;
-    ++count_;
-  }
-
-  /// The keys that stand in `range`, as places in this tile. Positions increase.
-  Range within(Range range) const {
-    const Index* begin = position_;
-    const Index* end = begin + count_;
-    return {std::lower_bound(begin, end, range.first) - begin, std::lower_bound(begin, end, range.end) - begin};
-  }
-
-  Broadcast<T> key() const { return {key_, dim_, 1}; }
-  Broadcast<T> value_transposed() const { return {value_, 1, value_dim_}; }
-  const T* bias() const { return bias_; }
-  Index position(Index j) const { return position_[j]; }
-
- private:
-  Index dim_;
-  Index value_dim_;
-  T* key_;
-  T* value_;
-  T* bias_;
-  Index* position_;
-  Index count_ = 0;
-};
 
 /// A tile of queries that walks over key tiles, holding the online softmax of what it has seen.
 ///
@@ -97,7 +44,38 @@ class QueryTile {
 
   /// Attends to all keys of the tile.
   void visit(const KeyTile<T>& keys) {
-    for (Index p = 0; p < panels(); ++p) attend(p, keys, {0, keys.count()}, [](Index, int, Packet<T> s) { return s; });
+    for (Index p = 0; p < panels(); ++p) {
+      attend(p, keys, {0, keys.count()}, [&](Packet<T>(&max)[Vectors]) {
+        score(p, keys, {0, keys.count()}, seen, max);
+      });
+    }
+  }
+
+  /// Attends to the keys of the tile that the band, or whatever else answers as Band does, lets each query see. Only
+  /// where the band's edges cross a panel are its queries told apart.
+  template <class Band>
+  void visit(const KeyTile<T>& keys, const Band& band) {
+    for (Index p = 0; p < panels(); ++p) {
+      const Index query = first_ + p * width;
+      const Range any = keys.within(band.seen_by_any(query, in_panel(p)));
+      if (any.count() == 0) continue;
+      Range all = keys.within(band.seen_by_all(query, in_panel(p)));
+      if (all.count() == 0) all = {any.end, any.end};
+      const auto hide = [&](Index j, int v, const Packet<T>& product) {
+        // Key j is seen by the queries of a range, that is by the lanes between its ends.
+        const Range seeing = band.seeing(keys.position(j));
+        const Packet<T> lane = plset<Packet<T>>(T(v * lanes<T>));
+        const Packet<T> from = pset1<Packet<T>>(T(seeing.first - query));
+        const Packet<T> to = pset1<Packet<T>>(T(seeing.end - query));
+        const Packet<T> hidden = pset1<Packet<T>>(-infinity<T>);
+        return pselect(pcmp_lt(lane, from), hidden, pselect(pcmp_lt(lane, to), product, hidden));
+      };
+      attend(p, keys, any, [&](Packet<T>(&max)[Vectors]) {
+        score(p, keys, {any.first, all.first}, hide, max);
+        score(p, keys, all, seen, max);
+        score(p, keys, {all.end, any.end}, hide, max);
+      });
+    }
   }
 
   /// Starts each query where attention to other keys, already finished, has left it: query i where row i / children of
@@ -117,30 +95,6 @@ class QueryTile {
           std::fill_n(softmax.value + c * width + lane, count, out[parent * stride + c]);
         }
         i += count;
-      }
-    }
-  }
-
-  /// Attends to the keys of the tile that each query sees, as the band (or whatever else answers as Band does) says.
-  template <class Band>
-  void visit(const KeyTile<T>& keys, const Band& band) {
-    for (Index p = 0; p < panels(); ++p) {
-      const Index query = first_ + p * width;
-      const Range any = keys.within(band.seen_by_any(query, in_panel(p)));
-      if (any.count() == 0) continue;
-      const Range all = keys.within(band.seen_by_all(query, in_panel(p)));
-      if (all.first <= any.first && any.end <= all.end) {
-        attend(p, keys, any, [](Index, int, Packet<T> s) { return s; });
-      } else {
-        attend(p, keys, any, [&](Index j, int v, Packet<T> s) {
-          // Key j is seen by the queries [from, to) of the panel, that is by the lanes between.
-          const Range seeing = band.seeing(keys.position(j));
-          const Packet<T> lane = plset<Packet<T>>(T(v * lanes<T>));
-          const Packet<T> from = pset1<Packet<T>>(T(seeing.first - query));
-          const Packet<T> to = pset1<Packet<T>>(T(seeing.end - query));
-          const Packet<T> hidden = pset1<Packet<T>>(-infinity<T>);
-          return pselect(pcmp_lt(lane, from), hidden, pselect(pcmp_lt(lane, to), s, hidden));
-        });
       }
     }
   }
@@ -165,26 +119,42 @@ class QueryTile {
  private:
   T* query(Index p) const { return query_ + p * width * dim_; }
 
+  static constexpr auto seen = [](Index, int, const Packet<T>& product) { return product; };
+
+  // The scores of a panel against keys [range.first, range.end), kept at scores_ from row range.first on, and their
+  // maxima; mask(j, v, score) may hide some.
   template <class Mask>
-  void attend(Index p, const KeyTile<T>& keys, Range range, Mask&& mask) {
-    const Index count = range.count();
+  void score(Index p, const KeyTile<T>& keys, Range range, Mask&& mask, Packet<T> (&max)[Vectors]) {
+    if (range.count() == 0) return;
+    Packet<T> largest[Vectors];
+    NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) largest[v] = max[v];
+    multiply<Vectors>(
+        keys.key().rows_from(range.first), range.count(), query(p), width, dim_,
+        [&](Index j, int v) {
+          if (v == 0) keys.fetch_next(range.first + j, p, panels());
+          return pset1<Packet<T>>(keys.bias(range.first + j));
+        },
+        [&](Index j, int v, const Packet<T>& product) {
+          const Packet<T> masked = mask(range.first + j, v, product);
+          largest[v] = pmax(largest[v], masked);
+          pstoreu(scores_ + (range.first + j) * width + v * lanes<T>, masked);
+        });
+    NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) max[v] = largest[v];
+  }
+
+  // Takes keys [range.first, range.end) into the softmax of a panel: score_all(max) leaves their scores and maxima.
+  template <class ScoreAll>
+  void attend(Index p, const KeyTile<T>& keys, Range range, ScoreAll&& score_all) {
     Packet<T> max[Vectors];
     NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) max[v] = pset1<Packet<T>>(-infinity<T>);
-    multiply<Vectors>(
-        keys.key().rows_from(range.first), count, query(p), width, dim_,
-        [&](Index j, int) { return pset1<Packet<T>>(keys.bias()[range.first + j]); },
-        [&](Index j, int v, const Packet<T>& product) {
-          const Packet<T> score = mask(range.first + j, v, product);
-          max[v] = pmax(max[v], score);
-          pstoreu(scores_ + j * width + v * lanes<T>, score);
-        });
+    score_all(max);
     Panel softmax = panel(p);
     Packet<T> correction[Vectors];
-    softmax.update(scores_, count, max, correction);
-    const Broadcast<T> value = keys.value_transposed();
+    T* scores = scores_ + range.first * width;
+    softmax.update(scores, range.count(), max, correction);
     multiply<Vectors>(
-        Broadcast<T>{value.data + range.first * value.depth_stride, value.row_stride, value.depth_stride}, value_dim_,
-        scores_, width, count, [](Index, int) { return pset1<Packet<T>>(T(0)); },
+        keys.value_transposed(range.first), value_dim_, scores, width, range.count(),
+        [](Index, int) { return pset1<Packet<T>>(T(0)); },
         [&](Index c, int v, const Packet<T>& product) {
           T* o = softmax.value + c * width + v * lanes<T>;
           pstoreu(o, pmadd(ploadu<Packet<T>>(o), correction[v], product));

@@ -33,13 +33,15 @@ void window_attention_in_panels(Work& work, const Heads& heads, Window window, d
     KeyTile<T> keys(scratch, dim, value_dim);
     queries.load(inputs.query.row(rows.query_begin + tile.first) + head * dim, inputs.query.stride(), tile.first,
                  tile.count, T(scale) * log2_e<T>);
+    const Tokens key = inputs.key.middle_rows(rows.key_begin, rows.key_count).middle_cols(key_head * dim, dim);
+    const Tokens value =
+        inputs.value.middle_rows(rows.key_begin, rows.key_count).middle_cols(key_head * value_dim, value_dim);
     const Range seen = band.seen_by_any(tile.first, tile.count);
     for (Index j = seen.first; j < seen.end; ++j) {
-      if (mask == nullptr || mask[j] != 0) {
-        keys.append(inputs.key.row(rows.key_begin + j) + key_head * dim,
-                    inputs.value.row(rows.key_begin + j) + key_head * value_dim, j);
-      }
+      if (mask == nullptr || mask[j] != 0) keys.append(key.row(j), value.row(j), j);
       if (keys.full() || j + 1 == seen.end) {
+        const Index ahead = std::min(seen.end - (j + 1), KeyTile<T>::capacity);
+        keys.announce(key.middle_rows(j + 1, ahead), value.middle_rows(j + 1, ahead));
         queries.visit(keys, band);
         keys.clear();
       }
