@@ -76,7 +76,7 @@ std::vector<double> counted(const Hierarchy& tree, const Mask& mask) {
   return count;
 }
 
-TEST(Hierarchy, has_the_levels_of_the_definition) {
+TEST(Hierarchy, HasTheLevelsOfTheDefinition) {
   for (const Shape& s : shapes()) {
     if (s.tokens == 0) continue;
     const double doublings = std::ceil(std::log2(static_cast<double>(s.tokens) / static_cast<double>(s.block)));
@@ -85,7 +85,7 @@ TEST(Hierarchy, has_the_levels_of_the_definition) {
   }
 }
 
-TEST(Hierarchy, covers_every_token_once_by_near_field_and_interaction_lists) {
+TEST(Hierarchy, CoversEveryTokenOnceByNearFieldAndInteractionLists) {
   for (const Shape& s : shapes()) {
     for (const bool causal : {false, true}) {
       const Hierarchy tree(s.tokens, s.block, s.rank);
@@ -113,7 +113,7 @@ TEST(Hierarchy, covers_every_token_once_by_near_field_and_interaction_lists) {
   }
 }
 
-TEST(Hierarchy, tells_which_queries_see_a_near_key) {
+TEST(Hierarchy, TellsWhichQueriesSeeANearKey) {
   const Hierarchy tree(23, 4, 2);
   for (const bool causal : {false, true}) {
     const NearField near(tree, causal);
@@ -125,7 +125,7 @@ TEST(Hierarchy, tells_which_queries_see_a_near_key) {
   }
 }
 
-TEST(Hierarchy, gives_pooled_queries_the_two_sides_of_the_interaction_lists) {
+TEST(Hierarchy, GivesPooledQueriesTheTwoSidesOfTheInteractionLists) {
   for (const Shape& s : shapes()) {
     const Hierarchy tree(s.tokens, s.block, s.rank);
     for (Index l = 1; l <= tree.levels(); ++l) {
@@ -151,7 +151,7 @@ TEST(Hierarchy, gives_pooled_queries_the_two_sides_of_the_interaction_lists) {
   }
 }
 
-TEST(AveragePooling, is_the_mean_of_the_unmasked_tokens_of_each_sub_block) {
+TEST(AveragePooling, IsTheMeanOfTheUnmaskedTokensOfEachSubBlock) {
   const Index heads = 3;
   const Index dim = 5;
   nearfar::Context context(1);
@@ -193,7 +193,7 @@ TEST(AveragePooling, is_the_mean_of_the_unmasked_tokens_of_each_sub_block) {
   }
 }
 
-TEST(AveragePooling, hands_gradients_down_as_the_transpose_of_the_means) {
+TEST(AveragePooling, HandsGradientsDownAsTheTransposeOfTheMeans) {
   const Index heads = 2;
   const Index dim = 3;
   nearfar::Context context(1);
@@ -268,7 +268,7 @@ std::vector<PoolingConvolution<double>> random_levels(const Hierarchy& tree, boo
   return levels;
 }
 
-TEST(ConvolutionPooling, follows_the_definition_of_both_forms) {
+TEST(ConvolutionPooling, FollowsTheDefinitionOfBothForms) {
   const Index heads = 2;
   const Index dim = 3;
   nearfar::Context context(1);
@@ -306,7 +306,7 @@ TEST(ConvolutionPooling, follows_the_definition_of_both_forms) {
 
 // loss = sum(grad_pooled * pooled) is linear in the tokens and in each level's weights and biases, so a difference
 // quotient of any step is exact but for rounding.
-TEST(ConvolutionPooling, has_the_gradients_of_both_forms) {
+TEST(ConvolutionPooling, HasTheGradientsOfBothForms) {
   const Index heads = 2;
   const Index dim = 2;
   nearfar::Context context(1);
@@ -369,7 +369,7 @@ TEST(ConvolutionPooling, has_the_gradients_of_both_forms) {
   }
 }
 
-TEST(Pooling, is_bit_identical_for_any_number_of_threads) {
+TEST(Pooling, IsBitIdenticalForAnyNumberOfThreads) {
   const Index tokens = 5000;
   const Index heads = 2;
   const Index dim = 4;
