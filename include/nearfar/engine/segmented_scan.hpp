@@ -1,0 +1,165 @@
+#pragma once
+
+#include <nearfar/context.hpp>
+#include <nearfar/engine/chunked_state.hpp>
+#include <nearfar/mask.hpp>
+
+#include <algorithm>
+
+namespace nearfar {
+inline namespace NEARFAR_VERSION_NAMESPACE {
+namespace detail {
+
+/// Which queries stand beside which keys as a sum over keys runs along a sequence. The queries before `first_query` see
+/// nothing. `first_query` sees the first `keys_before` keys and, if causal, the one that stands beside it; every
+/// further query sees one more.
+struct Alignment {
+  Index first_query = 0;
+  Index query_count = 0;
+  Index keys_before = 0;
+  Index key_count = 0;
+};
+
+/// A stretch of a sequence: its queries and keys stand beside each other, chunk by chunk, from their first on.
+struct Segment {
+  Range query;
+  Range key;
+};
+
+/// Up to chunk_tokens queries and keys that stand beside each other.
+struct Chunk {
+  Index query;    ///< the first
+  Index queries;  ///< how many
+  Index key;
+  Index keys;
+};
+
+/// Calls visit(chunk) for the chunks of a segment in turn.
+template <class Visit>
+void for_each_chunk(const Segment& segment, Visit&& visit) {
+  for (Index at = 0; at < std::max(segment.query.count(), segment.key.count()); at += chunk_tokens) {
+    visit(Chunk{segment.query.first + at, std::clamp<Index>(segment.query.count() - at, 0, chunk_tokens),
+                segment.key.first + at, std::clamp<Index>(segment.key.count() - at, 0, chunk_tokens)});
+  }
+}
+
+/// The fixed division of a sequence into segments: first the keys that every query sees, then queries with the keys
+/// beside them.
+class Segments {
+ public:
+  static constexpr Index length = 32 * chunk_tokens;
+
+  explicit Segments(const Alignment& a)
+      : a_(a), before_(pieces(a.keys_before)), beside_(pieces(a.query_count - a.first_query)) {}
+
+  Index count() const { return before_ + beside_; }
+
+  Segment operator[](Index s) const {
+    if (s < before_) return {{}, piece(0, a_.keys_before, s)};
+    return {piece(a_.first_query, a_.query_count, s - before_), piece(a_.keys_before, a_.key_count, s - before_)};
+  }
+
+ private:
+  static Index pieces(Index tokens) { return (tokens + length - 1) / length; }
+  static Range piece(Index first, Index end, Index s) {
+    return {std::min(first + s * length, end), std::min(first + (s + 1) * length, end)};
+  }
+
+  Alignment a_;
+  Index before_;
+  Index beside_;
+};
+
+/// What one visit of a scan has to do: a segment of a sequence, for some of its heads.
+template <class T>
+struct ScanStep {
+  Index sequence;
+  Segment segment;
+  Range heads;
+  RunningSums<T> sums;  ///< of heads.first; those of the next head follow `sums_per_head` numbers on
+  bool sums_only;       ///< whether the segment is visited for its sum alone
+};
+
+/// Runs along all sequences and heads, in parallel and in fixed order, carrying running sums of `size` numbers a head.
+///
+///   alignment(b)                      the Alignment of sequence b
+///   start(b, heads, past)             sets the sums with which sequence b begins
+///   visit(step, scratch)              does one segment; step.sums.local is zero and step.sums.running the past
+///   finish(b, heads, total)           takes the sums over the whole sequence
+///
+/// Where there are at least as many sequences and heads as threads, each runs from its first segment to its last. Else
+/// the segments themselves are shared out, in two rounds: the sums of all segments, then, each knowing its past,
+/// the segments. Both give the same bits. Memory: three states a head and thread, or one a head and segment.
+template <class T, class AlignmentOf, class Start, class Visit, class Finish>
+void scan(Work& work, Index sequences, Index heads, Index size, AlignmentOf&& alignment, Start&& start, Visit&& visit,
+          Finish&& finish) {
+  const auto step = [&](Index b, const Segment& segment, Range block, const T* past, T* local, bool sums_only,
+                        Scratch& scratch) {
+    const Index numbers = block.count() * size;
+    T* running = scratch.take<T>(numbers);
+    std::copy_n(past, numbers, running);
+    std::fill_n(local, numbers, T(0));
+    visit(ScanStep<T>{b, segment, block, {past, local, running}, sums_only}, scratch);
+  };
+  const auto accumulate = [](const T* local, Index numbers, T* past) {
+    for (Index i = 0; i < numbers; ++i) past[i] += local[i];
+  };
+  // Without queries a segment is visited for its sum.
+  const auto has_queries = [](const Segment& segment) { return segment.query.count() > 0; };
+  if (sequences * heads >= work.threads()) {
+    // Neighbouring heads share cache lines and pages: as many together as leave every thread enough to do.
+    const Index block = std::clamp<Index>(sequences * heads / (2 * work.threads()), 1, heads);
+    const Index blocks = (heads + block - 1) / block;
+    work.for_each(sequences * blocks, [&](Index task, Scratch& scratch) {
+      const Index b = task / blocks;
+      const Range mine{task % blocks * block, std::min(heads, (task % blocks + 1) * block)};
+      const Index numbers = mine.count() * size;
+      T* past = scratch.take<T>(numbers);
+      T* local = scratch.take<T>(numbers);
+      start(b, mine, past);
+      const Segments segments(alignment(b));
+      for (Index s = 0; s < segments.count(); ++s) {
+        const Scratch::Scope scope(scratch);
+        step(b, segments[s], mine, past, local, !has_queries(segments[s]), scratch);
+        accumulate(local, numbers, past);
+      }
+      finish(b, mine, past);
+    });
+    return;
+  }
+  for (Index b = 0; b < sequences; ++b) {
+    const Segments segments(alignment(b));
+    const Index count = segments.count();
+    // Segment s of head h: its past stands at past(s, h), its sum at local(s, h).
+    T* pasts = work.take<T>((count + 1) * heads * size);
+    T* locals = work.take<T>(count * heads * size);
+    const auto past = [&](Index s, Index h) { return pasts + (h * (count + 1) + s) * size; };
+    const auto local = [&](Index s, Index h) { return locals + (h * count + s) * size; };
+    const auto add_up = [&](Index h) {
+      for (Index s = 0; s < count; ++s) {
+        std::copy_n(past(s, h), size, past(s + 1, h));
+        accumulate(local(s, h), size, past(s + 1, h));
+      }
+    };
+    for (Index h = 0; h < heads; ++h) start(b, Range{h, h + 1}, past(0, h));
+    work.for_each(count * heads, [&](Index task, Scratch& scratch) {
+      const Index h = task % heads;
+      const Index s = task / heads;
+      step(b, segments[s], {h, h + 1}, past(0, h), local(s, h), true, scratch);
+    });
+    work.for_each(heads, [&](Index h, Scratch&) { add_up(h); });
+    work.for_each(count * heads, [&](Index task, Scratch& scratch) {
+      const Index h = task % heads;
+      const Index s = task / heads;
+      if (has_queries(segments[s])) step(b, segments[s], {h, h + 1}, past(s, h), local(s, h), false, scratch);
+    });
+    for (Index h = 0; h < heads; ++h) {
+      add_up(h);
+      finish(b, Range{h, h + 1}, past(count, h));
+    }
+  }
+}
+
+}  // namespace detail
+}  // namespace NEARFAR_VERSION_NAMESPACE
+}  // namespace nearfar

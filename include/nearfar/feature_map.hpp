@@ -1,0 +1,306 @@
+#pragma once
+
+#include <nearfar/detail/checks.hpp>
+#include <nearfar/detail/exp.hpp>
+
+#include <array>
+#include <cmath>
+#include <concepts>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <utility>
+
+namespace nearfar {
+inline namespace NEARFAR_VERSION_NAMESPACE {
+
+/// A feature map phi of linear attention: a function of one number, its derivative, and a name of lower-case letters,
+/// digits and underscores. Linear attention applies it to every entry of query and key.
+template <class Map>
+concept FeatureMap = requires(const Map& map, float x, double y) {
+  { Map::name } -> std::convertible_to<std::string_view>;
+  { map.value(x) } -> std::convertible_to<float>;
+  { map.value(y) } -> std::convertible_to<double>;
+  { map.derivative(x) } -> std::convertible_to<float>;
+  { map.derivative(y) } -> std::convertible_to<double>;
+};
+
+namespace detail {
+
+// The maps below are written once, for a number or for a packet of numbers (V).
+using Eigen::internal::pabs;
+using Eigen::internal::pdiv;
+using Eigen::internal::plog;
+using Eigen::internal::pmin;
+using Eigen::internal::pnegate;
+
+template <class V>
+using LaneOf = typename Eigen::internal::unpacket_traits<V>::type;
+
+template <class V>
+NEARFAR_INLINE V constant(double value) {
+  return pset1<V>(static_cast<LaneOf<V>>(value));
+}
+
+/// e^x for x <= 0.
+template <class V>
+NEARFAR_INLINE V exp_nonpositive(const V& x) {
+  if constexpr (std::floating_point<V>) {
+    return std::exp(x);
+  } else {
+    return exp2<LaneOf<V>>(pmul(x, constant<V>(1.4426950408889634)));
+  }
+}
+
+/// 1 / (1 + e^-x), from the exponential that cannot overflow.
+template <class V>
+NEARFAR_INLINE V logistic(const V& x) {
+  const V one = constant<V>(1);
+  const V small = exp_nonpositive(pnegate(pabs(x)));
+  return pdiv(pselect(pcmp_lt(x, constant<V>(0)), small, one), padd(one, small));
+}
+
+/// log(1 + x) for x >= 0: the quotient makes up for what is lost of x when 1 is added (Kahan).
+template <class V>
+NEARFAR_INLINE V log_one_plus(const V& x) {
+  if constexpr (std::floating_point<V>) {
+    return std::log1p(x);
+  } else {
+    const V one = constant<V>(1);
+    const V sum = padd(one, x);
+    return pselect(pcmp_eq(sum, one), x, pmul(x, pdiv(plog(sum), psub(sum, one))));
+  }
+}
+
+}  // namespace detail
+
+/// The feature maps of the FMMformer paper and its code (arXiv 2108.02347), and further common ones.
+namespace feature_map {
+
+using namespace detail;
+
+/// elu(x) + 1: x + 1 above zero, e^x below.
+struct Elu {
+  static constexpr std::string_view name = "elu";
+  static constexpr bool on_packets = true;
+
+  template <class V>
+  V value(const V& x) const {
+    return padd(derivative(x), pmax(x, constant<V>(0)));
+  }
+  template <class V>
+  V derivative(const V& x) const {
+    return exp_nonpositive<V>(pmin(x, constant<V>(0)));
+  }
+};
+
+/// elu(-x) + 1.
+struct EluFlip {
+  static constexpr std::string_view name = "elu_flip";
+  static constexpr bool on_packets = true;
+
+  template <class V>
+  V value(const V& x) const {
+    return Elu{}.value<V>(pnegate(x));
+  }
+  template <class V>
+  V derivative(const V& x) const {
+    return pnegate(Elu{}.derivative<V>(pnegate(x)));
+  }
+};
+
+/// tanh(x) + 1, which is 2 sigmoid(2 x).
+struct Tanh {
+  static constexpr std::string_view name = "tanh";
+  static constexpr bool on_packets = true;
+
+  template <class V>
+  V value(const V& x) const {
+    return pmul(constant<V>(2), logistic<V>(padd(x, x)));
+  }
+  template <class V>
+  V derivative(const V& x) const {
+    const V up = logistic<V>(padd(x, x));
+    const V down = logistic<V>(pnegate(padd(x, x)));
+    return pmul(constant<V>(4), pmul(up, down));
+  }
+};
+
+/// max(x, 0). Its derivative at 0 is 0.
+struct Relu {
+  static constexpr std::string_view name = "relu";
+  static constexpr bool on_packets = true;
+
+  template <class V>
+  V value(const V& x) const {
+    return pmax(x, constant<V>(0));
+  }
+  template <class V>
+  V derivative(const V& x) const {
+    return pselect(pcmp_lt(constant<V>(0), x), constant<V>(1), constant<V>(0));
+  }
+};
+
+/// 1 / (1 + e^-x).
+struct Sigmoid {
+  static constexpr std::string_view name = "sigmoid";
+  static constexpr bool on_packets = true;
+
+  template <class V>
+  V value(const V& x) const {
+    return logistic(x);
+  }
+  template <class V>
+  V derivative(const V& x) const {
+    return pmul(logistic(x), logistic<V>(pnegate(x)));
+  }
+};
+
+/// log(1 + e^x).
+struct Softplus {
+  static constexpr std::string_view name = "softplus";
+  static constexpr bool on_packets = true;
+
+  template <class V>
+  V value(const V& x) const {
+    return padd(pmax(x, constant<V>(0)), log_one_plus(exp_nonpositive<V>(pnegate(pabs(x)))));
+  }
+  template <class V>
+  V derivative(const V& x) const {
+    return logistic(x);
+  }
+};
+
+/// x itself: attention by plain inner products. Its row sums may be zero or negative.
+struct Identity {
+  static constexpr std::string_view name = "identity";
+  static constexpr bool on_packets = true;
+
+  template <class V>
+  V value(const V& x) const {
+    return x;
+  }
+  template <class V>
+  V derivative(const V&) const {
+    return constant<V>(1);
+  }
+};
+
+}  // namespace feature_map
+
+/// Any feature map, chosen at run time and applied to whole matrices at once. Copies share the map.
+class AnyFeatureMap {
+ public:
+  template <class Map>
+  requires(FeatureMap<Map> && !std::same_as<Map, AnyFeatureMap>) AnyFeatureMap(Map map)
+      : model_(std::make_shared<const Model<Map>>(std::move(map))) {}
+
+  std::string_view name() const { return model_->name(); }
+
+  /// to(r, c) = phi(from(r, c)) for a rows x cols matrix; `to` may be `from`.
+  template <class T>
+  void value(const T* from, Index from_stride, Index rows, Index cols, T* to, Index to_stride) const {
+    model_->value(from, from_stride, rows, cols, to, to_stride);
+  }
+
+  /// gradient(r, c) *= phi'(x(r, c)) for a rows x cols matrix.
+  template <class T>
+  void chain(const T* x, Index x_stride, Index rows, Index cols, T* gradient, Index gradient_stride) const {
+    model_->chain(x, x_stride, rows, cols, gradient, gradient_stride);
+  }
+
+ private:
+  struct Interface {
+    virtual ~Interface() = default;
+    virtual std::string_view name() const = 0;
+    virtual void value(const float*, Index, Index, Index, float*, Index) const = 0;
+    virtual void value(const double*, Index, Index, Index, double*, Index) const = 0;
+    virtual void chain(const float*, Index, Index, Index, float*, Index) const = 0;
+    virtual void chain(const double*, Index, Index, Index, double*, Index) const = 0;
+  };
+
+  template <class Map>
+  struct Model final : Interface {
+    explicit Model(Map map) : map_(std::move(map)) {}
+
+    std::string_view name() const override { return Map::name; }
+    void value(const float* x, Index xs, Index rows, Index cols, float* y, Index ys) const override {
+      for_each_entry(x, xs, rows, cols, y, ys, ToValue<Map>{map_});
+    }
+    void value(const double* x, Index xs, Index rows, Index cols, double* y, Index ys) const override {
+      for_each_entry(x, xs, rows, cols, y, ys, ToValue<Map>{map_});
+    }
+    void chain(const float* x, Index xs, Index rows, Index cols, float* y, Index ys) const override {
+      for_each_entry(x, xs, rows, cols, y, ys, TimesDerivative<Map>{map_});
+    }
+    void chain(const double* x, Index xs, Index rows, Index cols, double* y, Index ys) const override {
+      for_each_entry(x, xs, rows, cols, y, ys, TimesDerivative<Map>{map_});
+    }
+
+    Map map_;
+  };
+
+  template <class Map>
+  struct ToValue {
+    const Map& map;
+    template <class V>
+    V operator()(const V& x, const V&) const {
+      return static_cast<V>(map.value(x));
+    }
+  };
+
+  template <class Map>
+  struct TimesDerivative {
+    const Map& map;
+    template <class V>
+    V operator()(const V& x, const V& y) const {
+      return detail::pmul(static_cast<V>(map.derivative(x)), y);
+    }
+  };
+
+  /// y = f(x, y) for every entry. What does not fill a packet goes through a padded one, so that an entry's result does
+  /// not depend on its place.
+  template <class T, template <class> class Function, class Map>
+  static void for_each_entry(const T* x, Index x_stride, Index rows, Index cols, T* y, Index y_stride,
+                             Function<Map> function) {
+    for (Index r = 0; r < rows; ++r, x += x_stride, y += y_stride) {
+      if constexpr (requires { Map::on_packets; }) {
+        using P = detail::Packet<T>;
+        constexpr Index width = detail::lanes<T>;
+        Index c = 0;
+        for (; c + width <= cols; c += width) {
+          detail::pstoreu(y + c, function(detail::ploadu<P>(x + c), detail::ploadu<P>(y + c)));
+        }
+        if (c < cols) {
+          std::array<T, width> last_x{}, last_y{};
+          std::copy(x + c, x + cols, last_x.begin());
+          std::copy(y + c, y + cols, last_y.begin());
+          detail::pstoreu(last_y.data(), function(detail::ploadu<P>(last_x.data()), detail::ploadu<P>(last_y.data())));
+          std::copy_n(last_y.begin(), cols - c, y + c);
+        }
+      } else {
+        for (Index c = 0; c < cols; ++c) y[c] = function(x[c], y[c]);
+      }
+    }
+  }
+
+  std::shared_ptr<const Interface> model_;
+};
+
+/// The built-in feature map of that name. Throws std::invalid_argument, listing the known names, if there is none.
+inline AnyFeatureMap feature_map_from_name(std::string_view name) {
+  using namespace feature_map;
+  static const std::array<AnyFeatureMap, 7> known = {Elu{},     EluFlip{},  Tanh{},    Relu{},
+                                                     Sigmoid{}, Softplus{}, Identity{}};
+  std::string names;
+  for (const AnyFeatureMap& map : known) {
+    if (map.name() == name) return map;
+    names += names.empty() ? "" : ", ";
+    names += map.name();
+  }
+  throw std::invalid_argument("nearfar::Linear: unknown feature map \"" + std::string(name) + "\", known are " + names +
+                              ".");
+}
+
+}  // namespace NEARFAR_VERSION_NAMESPACE
+}  // namespace nearfar

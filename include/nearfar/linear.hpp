@@ -1,0 +1,130 @@
+#pragma once
+
+#include <nearfar/detail/checks.hpp>
+#include <nearfar/engine/kernel_sum.hpp>
+#include <nearfar/feature_map.hpp>
+
+#include <cmath>
+#include <vector>
+
+namespace nearfar {
+inline namespace NEARFAR_VERSION_NAMESPACE {
+
+// Linear attention: inner products of feature maps take the place of the softmax's exponential, so that the sum over
+// keys can be taken before the query is known.
+//
+//   out_i = sum_r  phi_r(q_i) S_r / normalizer_ri,    S_r = sum_j phi_r(k_j)^T v_j
+//
+//   row_sum      normalizer_ri = phi_r(q_i) . sum_j phi_r(k_j) + eps
+//   sqrt_length  normalizer    = sqrt(n_k), of all keys of the sequence, also with a key mask or causal
+//
+// with j over the keys that query i sees.
+// Shapes: as in attention.hpp; n_q and n_k, and dim and value_dim, may differ; causal is aligned at the end. S_r is
+// dim x value_dim a head, and serves all query heads that share a key/value head.
+// Time: 4 n d d_v flops a query head and map, and causal 2 n 64 d more for the pairs within chunks of 64 tokens.
+// Memory beside inputs and out: three times S a thread, head and map, whatever n is; with more threads than sequences
+// and heads, twice S for every 2048 tokens. Backward as much, and 2 numbers a query, head and map. A second call of the
+// same shapes allocates nothing. Masked keys are left out of every sum, and a query that sees no key gives a zero row.
+// A map that may be negative can make the row sum vanish: the equation is followed as it stands. With
+// `normalize_features`, features whose sum is zero count as zero.
+//
+// Source: Katharopoulos et al. (arXiv 2006.16236), equations 4 to 9; several maps as in FMMformer (arXiv 2108.02347),
+// equation 9; sqrt_length and normalised features as in FMMformer's code.
+
+/// What the weighted sum of values is divided by.
+enum class Normalizer { row_sum, sqrt_length };
+
+struct LinearOptions {
+  /// At least one; the result is the sum over them of each map's own attention.
+  std::vector<AnyFeatureMap> feature_maps = {feature_map::Elu{}};
+  bool causal = false;
+  Normalizer normalizer = Normalizer::row_sum;
+  /// Added to the row sum; 0 or more.
+  double eps = 1e-6;
+  /// Divides the features of each query and key, a head, by their sum.
+  bool normalize_features = false;
+};
+
+template <class T>
+class Linear {
+ public:
+  using Scalar = T;
+  using Options = LinearOptions;
+  using Parameters = NoParameters;
+
+  struct Saved {
+    Matrix<T> inverse_normalizer;  ///< n_q x (maps * heads.query); 0 where a query sees no key
+  };
+
+  /// What a stream remembers: the sums of each head and map, and whether any key was visible yet.
+  struct State {
+    std::vector<T> sums;
+    bool has_keys = false;
+  };
+
+  explicit Linear(const Heads& heads, const Options& options = {}) : heads_(heads), options_(options) {
+    detail::check_heads("Linear", heads);
+    detail::require(!options.feature_maps.empty(), "Linear", "feature_maps must hold at least one map, but holds 0.");
+    detail::require(options.eps >= 0 && std::isfinite(options.eps), "Linear",
+                    "eps must be finite and 0 or more, but is ", options.eps, ".");
+  }
+
+  const Heads& heads() const { return heads_; }
+  const Options& options() const { return options_; }
+  const Parameters& parameters() const { return parameters_; }
+  Parameters& parameters() { return parameters_; }
+
+  void forward(const Inputs<T>& inputs, Tokens<T> out, Context& context = default_context()) const {
+    detail::check_inputs<T>("Linear", heads_, inputs, out, detail::Lengths::any);
+    detail::Work work(context);
+    sum().forward({.inputs = inputs, .out = out}, work);
+  }
+
+  void forward(const Inputs<T>& inputs, Tokens<T> out, Saved& saved, Context& context = default_context()) const {
+    detail::check_inputs<T>("Linear", heads_, inputs, out, detail::Lengths::any);
+    detail::Work work(context);
+    sum().forward({.inputs = inputs, .out = out, .inverse_normalizer = &saved.inverse_normalizer}, work);
+  }
+
+  void backward(const Inputs<T>& inputs, Tokens<const T> out, const Saved& saved, Tokens<const T> grad_out,
+                const InputGradients<T>& grad, Parameters&, Context& context = default_context()) const {
+    detail::check_inputs<T>("Linear", heads_, inputs, out, detail::Lengths::any);
+    detail::Work work(context);
+    sum().backward(
+        {.inputs = inputs, .grad_out = grad_out, .inverse_normalizer = saved.inverse_normalizer, .grad = grad}, work);
+  }
+
+  /// A stream that has seen nothing. The attention must be causal and normalised by row_sum: sqrt_length would change
+  /// for the tokens that are done with every token that comes.
+  State start() const {
+    detail::require(options_.causal, "Linear", "a stream needs causal attention, but causal is false.");
+    detail::require(options_.normalizer == Normalizer::row_sum, "Linear",
+                    "a stream needs normalizer row_sum, but normalizer is sqrt_length.");
+    return {std::vector<T>(static_cast<std::size_t>(heads_.key_value * sum().sums_size()), T(0)), false};
+  }
+
+  /// Appends tokens, with as many queries as keys, to a stream and writes their rows of out. O(1) memory in the tokens
+  /// seen.
+  void extend(State& state, const Inputs<T>& inputs, Tokens<T> out, Context& context = default_context()) const {
+    detail::check_inputs<T>("Linear", heads_, inputs, out, detail::Lengths::equal);
+    detail::require(inputs.query_offsets.empty(), "Linear", "a stream is one sequence, but query_offsets has ",
+                    inputs.query_offsets.size(), " numbers.");
+    detail::Work work(context);
+    sum().forward({.inputs = inputs, .out = out, .stream = state.sums.data(), .stream_has_keys = state.has_keys}, work);
+    state.has_keys |= sum().first_visible_key(inputs, sequence(inputs, 0)) < inputs.key.rows();
+  }
+
+  /// The sum itself, for mechanisms that blend the maps with weights.
+  detail::KernelSum<T> sum() const {
+    return {heads_, options_.feature_maps, options_.causal, options_.normalize_features,
+            options_.normalizer == Normalizer::row_sum ? std::optional(options_.eps) : std::nullopt};
+  }
+
+ private:
+  Heads heads_;
+  Options options_;
+  Parameters parameters_;
+};
+
+}  // namespace NEARFAR_VERSION_NAMESPACE
+}  // namespace nearfar
