@@ -3,7 +3,6 @@
 #include <nearfar/tokens.hpp>
 
 #include <algorithm>
-#include <type_traits>
 
 #if defined(_MSC_VER) && !defined(__clang__)
 #define NEARFAR_INLINE __forceinline
@@ -76,13 +75,23 @@ NEARFAR_INLINE void prefetch_far(const void* address) {
 #endif
 }
 
-/// Calls body(tag, c) for numbers 0 .. count - 1 of a row, a vector of them at a time and what is left one by one:
-/// `typename decltype(tag)::type` is Packet<T>, then T, and the packet functions take either.
+/// What a loop body works on: vectors, or numbers one by one. The packet functions take either.
+struct ByVectors {
+  template <class T>
+  using Of = Packet<T>;
+};
+struct ByNumbers {
+  template <class T>
+  using Of = T;
+};
+
+/// Calls body(by, c) for the numbers 0 .. count - 1 of a row, a vector of them at a time and what is left one by one:
+/// `typename decltype(by)::template Of<T>` is Packet<T>, then T.
 template <class T, class Body>
 NEARFAR_INLINE void for_each_packet(Index count, Body&& body) {
   Index c = 0;
-  for (; c + lanes<T> <= count; c += lanes<T>) body(std::type_identity<Packet<T>>{}, c);
-  for (; c < count; ++c) body(std::type_identity<T>{}, c);
+  for (; c + lanes<T> <= count; c += lanes<T>) body(ByVectors{}, c);
+  for (; c < count; ++c) body(ByNumbers{}, c);
 }
 
 /// to(c, r) = scale * from(r, c) for one square block of as many rows as a packet has lanes.

@@ -1,0 +1,71 @@
+#pragma once
+
+#include <nearfar/context.hpp>
+#include <nearfar/engine/microkernel.hpp>
+
+#include <algorithm>
+
+namespace nearfar {
+inline namespace NEARFAR_VERSION_NAMESPACE {
+namespace detail {
+
+/// A depth x cols matrix B, laid out once for many products A B: panels of `width` columns, one after another, the last
+/// filled up with zeros.
+template <class T>
+class PackedMatrix {
+ public:
+  static constexpr int vectors = 2;
+  static constexpr Index width = vectors * lanes<T>;
+
+  PackedMatrix() = default;
+
+  /// Room for B, to be filled panel by panel.
+  PackedMatrix(Work& work, Index depth, Index cols)
+      : depth_(depth), cols_(cols), data_(work.take<T>(depth * round_up(cols, width))) {}
+
+  Index cols() const { return cols_; }
+
+  /// Fills B by columns: fill(k, c) is the number in row k and column c.
+  template <class Fill>
+  void pack(Work& work, Fill&& fill) {
+    work.for_each(round_up(cols_, width) / width, [&](Index p, Scratch&) {
+      T* to = data_ + p * width * depth_;
+      for (Index k = 0; k < depth_; ++k) {
+        for (Index c = p * width; c < (p + 1) * width; ++c) *to++ = c < cols_ ? fill(k, c) : T(0);
+      }
+    });
+  }
+
+  /// C += A B for the rows of A and C.
+  void multiply_add(Broadcast<T> a, Tokens<T> c) const {
+    for (Index first = 0; first < cols_; first += width) {
+      const Index count = std::min(width, cols_ - first);
+      const T* const panel = data_ + first * depth_;
+      const auto zero = [](Index, int) { return pset1<Packet<T>>(T(0)); };
+      if (count == width) {
+        multiply<vectors>(a, c.rows(), panel, width, depth_, zero, [&](Index r, int v, const Packet<T>& sum) {
+          T* to = c.row(r) + first + v * lanes<T>;
+          pstoreu(to, padd(ploadu<Packet<T>>(to), sum));
+        });
+      } else {
+        multiply<vectors>(a, c.rows(), panel, width, depth_, zero, [&](Index r, int v, const Packet<T>& sum) {
+          T numbers[lanes<T>];
+          pstoreu(numbers, sum);
+          T* to = c.row(r) + first;
+          for (Index i = v * lanes<T>; i < std::min<Index>((v + 1) * lanes<T>, count); ++i) {
+            to[i] += numbers[i - v * lanes<T>];
+          }
+        });
+      }
+    }
+  }
+
+ private:
+  Index depth_ = 0;
+  Index cols_ = 0;
+  T* data_ = nullptr;
+};
+
+}  // namespace detail
+}  // namespace NEARFAR_VERSION_NAMESPACE
+}  // namespace nearfar
