@@ -4,8 +4,7 @@
 
 #include <string>
 
-#define TEXT_OF(value) #value
-#define TEXT(value) TEXT_OF(value)
+#include "support/text.hpp"
 
 namespace {
 

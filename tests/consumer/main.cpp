@@ -1,15 +1,13 @@
 #include <nearfar/nearfar.hpp>
 
-#include <cstdio>
-#include <cstring>
-
-#define TEXT_OF(value) #value
-#define TEXT(value) TEXT_OF(value)
+#include <iostream>
+#include <string>
 
 int main() {
-  const char* version = TEXT(NEARFAR_VERSION_MAJOR) "." TEXT(NEARFAR_VERSION_MINOR) "." TEXT(NEARFAR_VERSION_PATCH);
-  if (std::strcmp(version, PACKAGE_VERSION) != 0) {
-    std::printf("The package is version %s, but its header is version %s.\n", PACKAGE_VERSION, version);
+  const std::string version = std::to_string(NEARFAR_VERSION_MAJOR) + "." + std::to_string(NEARFAR_VERSION_MINOR) +
+                              "." + std::to_string(NEARFAR_VERSION_PATCH);
+  if (version != PACKAGE_VERSION) {
+    std::cout << "The package is version " PACKAGE_VERSION ", but its header is version " << version << ".\n";
     return 1;
   }
 

@@ -2,8 +2,7 @@
 
 #include <nearfar/nearfar.hpp>
 
-#define TEXT_OF(value) #value
-#define TEXT(value) TEXT_OF(value)
+#include "../support/text.hpp"
 
 namespace UNIT {
 
