@@ -62,7 +62,7 @@ void check_shape(std::string_view mechanism, std::string_view name, Tokens<Scala
 
 inline void check_offsets(std::string_view mechanism, std::string_view name, std::span<const Index> offsets, Index rows,
                           std::string_view rows_of) {
-  require(offsets.size() >= 1, mechanism, name, " must hold at least one number, but is empty.");
+  require(!offsets.empty(), mechanism, name, " must hold at least one number, but is empty.");
   require(offsets.front() == 0, mechanism, name, " must begin with 0, but begins with ", offsets.front(), ".");
   for (std::size_t b = 1; b < offsets.size(); ++b) {
     require(offsets[b - 1] <= offsets[b], mechanism, name, " must not decrease, but ", offsets[b], " follows ",
