@@ -57,14 +57,10 @@ struct OnlineSoftmax {
       correction[v] = exp2<T>(psub(old, shift[v]));
       total[v] = pset1<Packet<T>>(T(0));
     }
-    for (Index j = 0; j < count; ++j) {
-      NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) {
-        T* score = scores + j * width + v * lanes<T>;
-        const Packet<T> weight = exp2<T>(psub(ploadu<Packet<T>>(score), shift[v]));
-        pstoreu(score, weight);
-        total[v] = padd(total[v], weight);
-      }
-    }
+    constexpr int rows = vector_registers >= 32 ? 8 / Vectors : 4 / Vectors;
+    Index j = 0;
+    for (; j + rows <= count; j += rows) weigh<rows>(scores + j * width, shift, total);
+    for (; j < count; ++j) weigh<1>(scores + j * width, shift, total);
     // Each tile's sum starts at zero and joins by one multiply-add: short sums keep the rounding errors small.
     NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) {
       T* s = sum + v * lanes<T>;
@@ -90,6 +86,22 @@ struct OnlineSoftmax {
       }
     }
     transpose(value, width, value_dim, count, T(1), out, out_stride);
+  }
+
+ private:
+  // Turns Rows rows of scores into weights 2^(score - shift), and adds these to the total.
+  template <int Rows>
+  NEARFAR_INLINE static void weigh(T* scores, const Packet<T> (&shift)[Vectors], Packet<T> (&total)[Vectors]) {
+    constexpr int count = Rows * Vectors;
+    Packet<T> weight[count];
+    NEARFAR_UNROLL for (int i = 0; i < count; ++i) {
+      weight[i] = psub(ploadu<Packet<T>>(scores + i * lanes<T>), shift[i % Vectors]);
+    }
+    exp2<T>(weight);
+    NEARFAR_UNROLL for (int i = 0; i < count; ++i) {
+      pstoreu(scores + i * lanes<T>, weight[i]);
+      total[i % Vectors] = padd(total[i % Vectors], weight[i]);
+    }
   }
 };
 

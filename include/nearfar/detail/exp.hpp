@@ -57,23 +57,38 @@ NEARFAR_INLINE Packet<T> add_to_exponent(const Packet<T>& value, const Packet<T>
 #endif
 }
 
-/// 2^x in every lane, within 2 units in the last place where 2^x is a normal number.
+/// Replaces x by 2^x in every lane of `Count` packets, within 2 units in the last place where 2^x is a normal number.
 ///
 /// -infinity gives exactly 0 and NaN gives NaN; results below the smallest normal number may be anything from 0 to it.
 /// x must stay below the largest exponent (128 or 1024): a softmax never asks for more than 2^0.
-template <class T>
-NEARFAR_INLINE Packet<T> exp2(const Packet<T>& x) {
+/// One exponential is a chain of dependent steps: several packets go through it side by side.
+template <class T, int Count>
+NEARFAR_INLINE void exp2(Packet<T> (&x)[Count]) {
   using Traits = Exp2<T>;
+  constexpr auto& c = Traits::polynomial;
   const Packet<T> magic = pset1<Packet<T>>(Traits::round_to_integer);
   // At the smallest exponent r is 0 and the polynomial exactly 1, whose exponent bits the addition turns into zero.
-  const Packet<T> clamped = pmax(x, pset1<Packet<T>>(Traits::smallest_exponent));
-  const Packet<T> shifted = padd(clamped, magic);
-  const Packet<T> r = psub(clamped, psub(shifted, magic));
-  constexpr auto& c = Traits::polynomial;
-  Packet<T> p = pset1<Packet<T>>(c.back());
-  for (std::size_t i = c.size() - 1; i-- > 0;) p = pmadd(p, r, pset1<Packet<T>>(c[i]));
-  p = pmadd(p, r, pset1<Packet<T>>(T(1)));
-  return add_to_exponent<T>(p, shifted);
+  const Packet<T> smallest = pset1<Packet<T>>(Traits::smallest_exponent);
+  Packet<T> shifted[Count];
+  Packet<T> p[Count];
+  NEARFAR_UNROLL for (int i = 0; i < Count; ++i) x[i] = pmax(x[i], smallest);
+  NEARFAR_UNROLL for (int i = 0; i < Count; ++i) shifted[i] = padd(x[i], magic);
+  NEARFAR_UNROLL for (int i = 0; i < Count; ++i) x[i] = psub(x[i], psub(shifted[i], magic));
+  NEARFAR_UNROLL for (int i = 0; i < Count; ++i) p[i] = pset1<Packet<T>>(c.back());
+  NEARFAR_UNROLL for (std::size_t k = 2; k <= c.size(); ++k) {
+    const Packet<T> coefficient = pset1<Packet<T>>(c[c.size() - k]);
+    NEARFAR_UNROLL for (int i = 0; i < Count; ++i) p[i] = pmadd(p[i], x[i], coefficient);
+  }
+  NEARFAR_UNROLL for (int i = 0; i < Count; ++i) p[i] = pmadd(p[i], x[i], pset1<Packet<T>>(T(1)));
+  NEARFAR_UNROLL for (int i = 0; i < Count; ++i) x[i] = add_to_exponent<T>(p[i], shifted[i]);
+}
+
+/// The same of one packet.
+template <class T>
+NEARFAR_INLINE Packet<T> exp2(const Packet<T>& x) {
+  Packet<T> result[1] = {x};
+  exp2<T>(result);
+  return result[0];
 }
 
 }  // namespace detail
