@@ -3,10 +3,17 @@
 // All of nearfar, in reading order.
 
 // clang-format off
-#include <nearfar/version.hpp>    // the version and the inline namespace named by it
-#include <nearfar/tokens.hpp>     // views of sequences
-#include <nearfar/context.hpp>    // threads and working memory
-#include <nearfar/attention.hpp>  // the concepts, and what attention reads
-#include <nearfar/mask.hpp>       // which keys a query sees
-#include <nearfar/softmax.hpp>    // exact attention
+#include <nearfar/version.hpp>         // the version and the inline namespace named by it
+#include <nearfar/tokens.hpp>          // views of sequences
+#include <nearfar/context.hpp>         // threads and working memory
+#include <nearfar/attention.hpp>       // the concepts, and what attention reads
+#include <nearfar/mask.hpp>            // which keys a query sees
+#include <nearfar/online_softmax.hpp>  // the running softmax: maximum, sum, weighted value
+#include <nearfar/feature_map.hpp>     // the feature maps of linear attention
+
+#include <nearfar/softmax.hpp>         // exact
+#include <nearfar/banded.hpp>          // near field: a window
+#include <nearfar/linear.hpp>          // far field: feature maps
+#include <nearfar/additive.hpp>        // one global query, one global key
+#include <nearfar/multipole.hpp>       // near blocks one by one, far groups pooled
 // clang-format on
