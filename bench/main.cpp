@@ -1,0 +1,59 @@
+#include "report.hpp"
+#include "suite.hpp"
+
+#include <malloc.h>
+
+#include <cstdio>
+#include <exception>
+#include <string>
+#include <vector>
+
+// nearfar_bench [--quick] [--filter=REGEX] [--plots=FOLDER] [--benchmark_...]
+int main(int count, char** arguments) try {
+  // Freed memory stays with the process: otherwise a library that takes its matrices anew at each call would be timed
+  // mostly at the system's zeroing of pages. It costs nearfar nothing and helps its peers.
+  mallopt(M_MMAP_MAX, 0);
+  mallopt(M_TRIM_THRESHOLD, -1);
+
+  bool quick = false;
+  std::string filter;
+  std::string plots;
+  std::string shortest = "--benchmark_min_time=0.000001";  // measure() decides how often it calls
+  std::vector<char*> rest{arguments[0], shortest.data()};
+  for (int i = 1; i < count; ++i) {
+    const std::string argument = arguments[i];
+    if (argument == "--quick") {
+      quick = true;
+    } else if (argument.starts_with("--filter=")) {
+      filter = argument.substr(9);
+    } else if (argument.starts_with("--plots=")) {
+      plots = argument.substr(8);
+    } else {
+      rest.push_back(arguments[i]);
+    }
+  }
+  int left = static_cast<int>(rest.size());
+  rest.push_back(nullptr);
+  benchmark::Initialize(&left, rest.data());
+  if (benchmark::ReportUnrecognizedArguments(left, rest.data())) return 2;
+
+  bench::Suite suite(quick, filter);
+  bench::add_forward_and_backward(suite);
+  bench::add_eigen(suite);
+#ifdef NEARFAR_BENCH_OPENBLAS
+  bench::add_openblas(suite);
+#endif
+#ifdef NEARFAR_BENCH_LIBTORCH
+  bench::add_libtorch(suite);
+#endif
+  if (suite.size() == 0) {
+    std::fprintf(stderr, "nearfar_bench: no row's name matches --filter=%s\n", filter.c_str());
+    return 1;
+  }
+  bench::Report report(suite.size(), plots);
+  benchmark::RunSpecifiedBenchmarks(&report, "all");
+  return report.failed() ? 1 : 0;
+} catch (const std::exception& error) {
+  std::fprintf(stderr, "nearfar_bench: %s\n", error.what());
+  return 1;
+}

@@ -1,0 +1,64 @@
+#include "memory.hpp"
+
+#include <cerrno>
+#include <cstddef>
+
+#if !defined(__GLIBC__)
+#error "The benchmark counts memory in front of glibc's malloc."
+#endif
+
+#include <malloc.h>
+
+extern "C" {
+void* __libc_malloc(std::size_t);
+void* __libc_calloc(std::size_t, std::size_t);
+void* __libc_realloc(void*, std::size_t);
+void* __libc_memalign(std::size_t, std::size_t);
+void __libc_free(void*);
+}
+
+namespace {
+
+void* taken(void* block) {
+  const auto size = static_cast<std::int64_t>(malloc_usable_size(block));
+  const std::int64_t live = bench::Heap::live.fetch_add(size) + size;
+  std::int64_t peak = bench::Heap::peak;
+  while (live > peak && !bench::Heap::peak.compare_exchange_weak(peak, live)) {
+  }
+  return block;
+}
+
+void given_back(void* block) { bench::Heap::live -= static_cast<std::int64_t>(malloc_usable_size(block)); }
+
+}  // namespace
+
+extern "C" {
+
+void* malloc(std::size_t size) { return taken(__libc_malloc(size)); }
+
+void* calloc(std::size_t count, std::size_t size) { return taken(__libc_calloc(count, size)); }
+
+void* realloc(void* block, std::size_t size) {
+  const auto before = static_cast<std::int64_t>(malloc_usable_size(block));
+  void* moved = __libc_realloc(block, size);
+  if (moved == nullptr && size != 0) return nullptr;
+  bench::Heap::live -= before;
+  return taken(moved);
+}
+
+void* memalign(std::size_t alignment, std::size_t size) { return taken(__libc_memalign(alignment, size)); }
+
+void* aligned_alloc(std::size_t alignment, std::size_t size) { return memalign(alignment, size); }
+
+int posix_memalign(void** block, std::size_t alignment, std::size_t size) {
+  void* aligned = memalign(alignment, size);
+  if (aligned == nullptr) return ENOMEM;
+  *block = aligned;
+  return 0;
+}
+
+void free(void* block) {
+  given_back(block);
+  __libc_free(block);
+}
+}

@@ -1,0 +1,200 @@
+#pragma once
+
+#include <benchmark/benchmark.h>
+
+#include <algorithm>
+#include <barrier>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <initializer_list>
+#include <nearfar/detail/simd.hpp>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
+
+// What the machine can do at this moment, measured in the same process as the kernels, just before and after each.
+namespace bench {
+
+using nearfar::Index;
+
+inline double now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+inline double median(std::vector<double> values) {
+  if (values.empty()) return 0;
+  const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
+  std::nth_element(values.begin(), middle, values.end());
+  return *middle;
+}
+
+/// Runs body(thread) on `threads` threads at once, `repetitions` times, and gives the seconds that each time took.
+template <class Body>
+std::vector<double> seconds_of(int threads, int repetitions, Body&& body) {
+  std::vector<double> seconds;
+  std::barrier start(threads);
+  std::barrier stop(threads);
+  const auto run = [&](int thread) {
+    for (int repetition = 0; repetition < repetitions; ++repetition) {
+      start.arrive_and_wait();
+      const double begin = now();
+      body(thread);
+      stop.arrive_and_wait();
+      if (thread == 0) seconds.push_back(now() - begin);
+    }
+  };
+  std::vector<std::jthread> others;
+  for (int thread = 1; thread < threads; ++thread) others.emplace_back(run, thread);
+  run(0);
+  return seconds;
+}
+
+/// An upper bound of the clock, in Hz: 6 dependent integer operations cannot take less than 6 cycles (fewer only where
+/// an instruction shifts for free, which can but raise the bound).
+inline double clock_bound() {
+  constexpr int steps = 1 << 17;
+  double best = 0;
+  for (int repetition = 0; repetition < 5; ++repetition) {
+    std::uint64_t x = 88172645463325252u;
+    const double begin = now();
+    benchmark::DoNotOptimize(x);
+    for (int i = 0; i < steps; ++i) {
+      x ^= x << 13;
+      x ^= x >> 7;
+      x ^= x << 17;
+    }
+    benchmark::DoNotOptimize(x);
+    best = std::max(best, 6.0 * steps / (now() - begin));
+  }
+  return best;
+}
+
+/// Fused multiply-adds in registers: 12 independent chains, so that neither latency nor memory holds them up. Returns
+/// the flops done.
+///
+/// The compiler could compute this once, or outside the timed region: so the factors come from, and the sums go to,
+/// places that it cannot see through, and `peak_gflops` holds the result against the clock.
+template <class T>
+double multiply_add() {
+  using Packet = nearfar::detail::Packet<T>;
+  constexpr int chains = 12;
+  constexpr int steps = 50000;
+  T seed = T(0.5);
+  benchmark::DoNotOptimize(seed);
+  const Packet factor = nearfar::detail::pset1<Packet>(seed);
+  const Packet term = nearfar::detail::pset1<Packet>(seed + T(0.25));
+  Packet sum[chains];
+  for (int chain = 0; chain < chains; ++chain) sum[chain] = nearfar::detail::pset1<Packet>(seed + T(chain));
+  for (int step = 0; step < steps; ++step) {
+    for (int chain = 0; chain < chains; ++chain) sum[chain] = nearfar::detail::pmadd(sum[chain], factor, term);
+  }
+  for (int chain = 0; chain < chains; ++chain) benchmark::DoNotOptimize(sum[chain]);
+  return 2.0 * chains * steps * nearfar::detail::lanes<T>;
+}
+
+/// The largest rate of fused multiply-adds on `threads` cores, one value a sample, in GFLOP/s. Throws if it is above
+/// what two vector units a core allow at this clock: then the compiler has taken work out of the timed region.
+template <class T>
+std::vector<double> peak_gflops(int threads, int samples) {
+  double flops = 0;
+  std::vector<double> gflops;
+  for (const double seconds : seconds_of(threads, samples, [&](int thread) {
+         const double done = multiply_add<T>();
+         if (thread == 0) flops = done;
+       })) {
+    gflops.push_back(threads * flops / seconds * 1e-9);
+  }
+  const double bound = 4e-9 * nearfar::detail::lanes<T> * threads * clock_bound();
+  if (median(gflops) > bound) {
+    throw std::logic_error("the probe of the peak reads " + std::to_string(median(gflops)) +
+                           " GFLOP/s, but the clock allows " + std::to_string(bound));
+  }
+  return gflops;
+}
+
+enum class Stores { ordinary, non_temporal };
+
+inline void store_past_caches(float* to, const float* from4) {
+#if defined(__SSE__)
+  _mm_stream_ps(to, _mm_loadu_ps(from4));
+#else
+  std::copy_n(from4, 4, to);
+#endif
+}
+
+/// The STREAM triad a = b + s c over arrays that no cache holds, in GB/s by the bytes that the program names (3 a
+/// number; the line that an ordinary store first fetches is not counted).
+class Triad {
+ public:
+  std::vector<double> gbytes_per_second(Stores stores, int threads, int samples) {
+    const Index share = size / threads / 16 * 16;
+    std::vector<double> rates;
+    for (const double seconds : seconds_of(threads, samples, [&](int thread) { run(stores, thread * share, share); })) {
+      rates.push_back(3.0 * sizeof(float) * static_cast<double>(share * threads) / seconds * 1e-9);
+    }
+    return rates;
+  }
+
+ private:
+  static constexpr Index size = Index{12} << 20;  // 3 arrays of 48 MiB
+
+  void run(Stores stores, Index first, Index count) {
+    using nearfar::detail::lanes;
+    using Packet = nearfar::detail::Packet<float>;
+    float* a = a_.data() + first;
+    const float* b = b_.data() + first;
+    const float* c = c_.data() + first;
+    const Packet factor = nearfar::detail::pset1<Packet>(3.0f);
+    alignas(64) float line[16];
+    for (Index i = 0; i < count; i += 16) {
+      float* to = stores == Stores::ordinary ? a + i : line;
+      for (int j = 0; j < 16; j += lanes<float>) {
+        const Packet sum = nearfar::detail::pmadd(factor, nearfar::detail::ploadu<Packet>(c + i + j),
+                                                  nearfar::detail::ploadu<Packet>(b + i + j));
+        nearfar::detail::pstoreu(to + j, sum);
+      }
+      if (stores == Stores::non_temporal) {
+        for (int j = 0; j < 16; j += 4) store_past_caches(a + i + j, line + j);
+      }
+    }
+    benchmark::ClobberMemory();
+  }
+
+  Eigen::ArrayXf a_ = Eigen::ArrayXf::Zero(size);
+  Eigen::ArrayXf b_ = Eigen::ArrayXf::Ones(size);
+  Eigen::ArrayXf c_ = Eigen::ArrayXf::Ones(size);
+};
+
+/// One pass that only reads arrays of `count` numbers each: what a single query against many keys can hope for.
+inline double read_gbytes_per_second(std::initializer_list<const float*> arrays, Index count, int threads,
+                                     int samples) {
+  using Packet = nearfar::detail::Packet<float>;
+  constexpr Index step = 4 * nearfar::detail::lanes<float>;
+  const Index share = count / threads / step * step;
+  std::vector<double> rates;
+  for (const double seconds : seconds_of(threads, samples, [&](int thread) {
+         Packet sum[4];
+         for (Packet& part : sum) part = nearfar::detail::pset1<Packet>(0.0f);
+         for (const float* data : arrays) {
+           for (Index i = thread * share; i < (thread + 1) * share; i += step) {
+             for (int j = 0; j < 4; ++j) {
+               sum[j] = nearfar::detail::padd(
+                   sum[j], nearfar::detail::ploadu<Packet>(data + i + j * nearfar::detail::lanes<float>));
+             }
+           }
+         }
+         for (Packet& part : sum) benchmark::DoNotOptimize(part);
+       })) {
+    rates.push_back(static_cast<double>(arrays.size() * sizeof(float)) * static_cast<double>(share * threads) /
+                    seconds * 1e-9);
+  }
+  return median(rates);
+}
+
+}  // namespace bench
