@@ -116,6 +116,43 @@ class Additive {
     run(inputs, out, &saved, context);
   }
 
+  /// Writes the gradients of query, key and value, and adds those of the parameters. Where one view serves as query and
+  /// value, the gradient of that view is the sum of both. Reads the parameters as forward saw them. Nothing of a masked
+  /// token is read where its row of grad_out is zero. Time about three times forward's.
+  ///
+  /// Throws std::invalid_argument where shapes disagree, those of grad_parameters and of `saved` included.
+  void backward(const Inputs<T>& inputs, Tokens<const T> out, const Saved& saved, Tokens<const T> grad_out,
+                const InputGradients<T>& grad, Parameters& grad_parameters,
+                Context& context = default_context()) const {
+    detail::check_inputs<T>(name, heads_, inputs, out, detail::Lengths::equal);
+    check_parameters(parameters_, "");
+    check_gradients(inputs, grad_out, grad, grad_parameters);
+    detail::Work work(context);
+    Call call = prepare(inputs, work);
+    check_saved(call, saved);
+    BackwardCall back{saved,
+                      grad_out,
+                      grad,
+                      grad_out,
+                      work.take<T>(call.stretches.count() * query_shape().padded() * query_shape().cols()),
+                      work.take<T>(call.stretches.count() * query_shape().padded() * query_shape().cols())};
+    if (options_.transform) {
+      // The gradient of u waits in the rows of grad.query until they are needed.
+      const Index width = heads_.query_cols();
+      detail::PackedMatrix<T> transform(work, width, width);
+      transform.pack(work, [&](Index k, Index c) { return parameters_.w_t(k, c); });
+      work.for_each(call.stretches.count(), [&](Index s, Scratch&) {
+        const Stretch& stretch = call.stretches[s];
+        const Tokens<T> rows = grad.query.middle_rows(stretch.first, stretch.count);
+        rows.matrix().setZero();
+        transform.multiply_add({grad_out.row(stretch.first), grad_out.stride(), 1}, rows);
+      });
+      back.grad_u = grad.query;
+    }
+    options_.causal ? backward_causal(call, back, grad_parameters)
+                    : backward_bidirectional(call, back, grad_parameters);
+  }
+
  private:
   static constexpr std::string_view name = "Additive";
 
@@ -143,13 +180,13 @@ class Additive {
   /// One call: what its tasks share.
   struct Call {
     const Inputs<T>& inputs;
-    Tokens<T> out;
-    Saved* saved;
     Work& work;
     Stretches stretches;
     const T* w_q;  // packed, see pack_weights
     const T* w_k;
-    detail::PackedMatrix<T> transform;
+    Tokens<T> out = {};
+    Saved* saved = nullptr;
+    detail::PackedMatrix<T> transform = {};
 
     bool sees(Index token) const {
       return inputs.key_mask.empty() || inputs.key_mask[static_cast<std::size_t>(token)] != 0;
@@ -223,23 +260,18 @@ class Additive {
 
   T weight_factor() const { return T(detail::scale_or_default(options_.scale, heads_) * detail::log2_e<double>); }
 
-  Call prepare(const Inputs<T>& inputs, Tokens<T> out, Saved* saved, Work& work) const {
-    Call call{inputs,
-              out,
-              saved,
-              work,
-              divide(inputs, work),
-              pack_weights(parameters_.w_q, work),
-              pack_weights(parameters_.w_k, work),
-              {}};
-    return call;
+  Call prepare(const Inputs<T>& inputs, Work& work) const {
+    return {inputs, work, divide(inputs, work), pack_weights(parameters_.w_q, work),
+            pack_weights(parameters_.w_k, work)};
   }
 
   void run(const Inputs<T>& inputs, Tokens<T> out, Saved* saved, Context& context) const {
     detail::check_inputs<T>(name, heads_, inputs, out, detail::Lengths::equal);
     check_parameters(parameters_, "");
     detail::Work work(context);
-    Call call = prepare(inputs, out, saved, work);
+    Call call = prepare(inputs, work);
+    call.out = out;
+    call.saved = saved;
     if (options_.transform) {
       const Index width = heads_.query_cols();
       call.transform = detail::PackedMatrix<T>(work, width, width);
@@ -551,6 +583,483 @@ class Additive {
         const Index i = token - stretch.first;
         return i < unseen ? nullptr : global_keys + i * width;
       });
+    }
+  }
+
+  // ---- backward
+  // ------------------------------------------------------------------------------------------------------
+
+  struct BackwardCall {
+    const Saved& saved;
+    Tokens<const T> grad_out;
+    const InputGradients<T>& grad;
+    Tokens<const T> grad_u;
+    T* grad_w_q;  // of the packed weights: one matrix a stretch, summed up at the end
+    T* grad_w_k;  // bidirectional: of the folded weights
+  };
+
+  void check_gradients(const Inputs<T>& inputs, Tokens<const T> grad_out, const InputGradients<T>& grad,
+                       const Parameters& grad_parameters) const {
+    const Index n = inputs.query.rows();
+    detail::check_shape(name, "grad_out", grad_out, n, heads_.out_cols(), "query", "its heads");
+    detail::check_shape(name, "the gradient of query", grad.query, n, heads_.query_cols(), "query", "its heads");
+    detail::check_shape(name, "the gradient of key", grad.key, n, heads_.key_cols(), "key", "its heads");
+    detail::check_shape(name, "the gradient of value", grad.value, n, heads_.value_cols(), "key", "its heads");
+    check_parameters(grad_parameters, "the gradient of ");
+  }
+
+  void check_saved(const Call& call, const Saved& saved) const {
+    const Index n = call.inputs.query.rows();
+    const Index means = options_.causal ? call.stretches.count() : call.stretches.sequences;
+    detail::require(saved.query_weights.rows() == n && saved.query_means.rows() == means, name,
+                    "saved must come from forward on the same inputs, but holds ", saved.query_weights.rows(),
+                    " tokens and ", saved.query_means.rows(), " means where there are ", n, " and ", means, ".");
+  }
+
+  /// Whether the value of a token may be read: not where the token is masked and nothing depends on its row of out.
+  bool reads_value(const Call& call, const BackwardCall& back, Index token) const {
+    if (call.sees(token)) return true;
+    const T* const row = back.grad_out.row(token);
+    return std::any_of(row, row + heads_.query_cols(), [](T x) { return x != T(0); });
+  }
+
+  /// Of u = gk * v for one token: writes grad_v = gk * grad_u, summed over the heads that share it, and
+  /// grad_gk = grad_u * v, added where `add` says so.
+  void combine_backward(const T* global_key, const T* value, const T* grad_u, T* grad_value, T* grad_global_key,
+                        bool add) const {
+    const Index group = heads_.group();
+    for (Index g = 0; g < heads_.key_value; ++g) {
+      detail::for_each_packet<T>(heads_.dim, [&](auto by, Index c) {
+        using P = typename decltype(by)::template Of<T>;
+        const P v = detail::ploadu<P>(value + g * heads_.dim + c);
+        P sum = detail::pset1<P>(T(0));
+        for (Index h = g * group; h < (g + 1) * group; ++h) {
+          const Index at = h * heads_.dim + c;
+          const P gradient = detail::ploadu<P>(grad_u + at);
+          sum = detail::pmadd(gradient, detail::ploadu<P>(global_key + at), sum);
+          const P before = add ? detail::ploadu<P>(grad_global_key + at) : detail::pset1<P>(T(0));
+          detail::pstoreu(grad_global_key + at, detail::pmadd(gradient, v, before));
+        }
+        detail::pstoreu(grad_value + g * heads_.dim + c, sum);
+      });
+    }
+  }
+
+  void backward_bidirectional(const Call& call, const BackwardCall& back, Parameters& grad_parameters) const {
+    const Index width = heads_.query_cols();
+    const Stretches& stretches = call.stretches;
+    const auto gq = [&](Index b) { return back.saved.query_means.row(b).data(); };
+    const auto mean_key = [&](Index b) { return back.saved.key_means.row(b).data(); };
+    T* const global_keys = call.work.template take<T>(stretches.sequences * width);
+    T* const parts = call.work.template take<T>(stretches.count() * width);
+    T* const grad_mean_keys = call.work.template take<T>(stretches.sequences * width);
+    T* const grad_global_queries = call.work.template take<T>(stretches.sequences * width);
+    for (Index b = 0; b < stretches.sequences; ++b) {
+      for (Index c = 0; c < width; ++c) global_keys[b * width + c] = gq(b)[c] * mean_key(b)[c];
+    }
+
+    call.work.for_each(stretches.count(), [&](Index s, Scratch& scratch) {
+      const Stretch& stretch = stretches[s];
+      T* const grad_global_key = parts + s * width;
+      std::fill_n(grad_global_key, width, T(0));
+      for_each_block(call, stretch, false, detail::row_block * strand, scratch, [&](const Index* token, Index count) {
+        for (Index i = 0; i < count; ++i) {
+          T* const grad_value = back.grad.value.row(token[i]);
+          if (reads_value(call, back, token[i])) {
+            combine_backward(global_keys + stretch.sequence * width, call.inputs.value.row(token[i]),
+                             back.grad_u.row(token[i]), grad_value, grad_global_key, true);
+          } else {
+            std::fill_n(grad_value, heads_.value_cols(), T(0));
+          }
+        }
+      });
+    });
+    if (options_.transform) {
+      transform_backward(call, back, grad_parameters,
+                         [&](Index token, const Stretch& stretch, Index first, Index count, T* to) {
+                           const bool read = reads_value(call, back, token);
+                           const T* const gk = global_keys + stretch.sequence * width;
+                           const T* const value = call.inputs.value.row(token);
+                           for (Index i = 0; i < count; ++i) {
+                             const Index c = first + i;
+                             const Index shared = key_shape().column(c / heads_.dim) + c % heads_.dim;
+                             to[i] = read ? gk[c] * value[shared] : T(0);
+                           }
+                         });
+    }
+
+    // gk = gq * mean_key passes its gradient on to mean_key at once, and to gq below.
+    for (Index b = 0; b < stretches.sequences; ++b) {
+      T* const sum = grad_mean_keys + b * width;
+      T* const grad_gq = grad_global_queries + b * width;
+      std::fill_n(sum, width, T(0));
+      for (Index s = stretches.sequence_first[b]; s < stretches.sequence_first[b + 1]; ++s) {
+        for (Index c = 0; c < width; ++c) sum[c] += parts[s * width + c];
+      }
+      for (Index c = 0; c < width; ++c) {
+        grad_gq[c] = sum[c] * mean_key(b)[c];
+        sum[c] *= gq(b)[c];
+      }
+    }
+
+    pool_tokens_backward(
+        call, key_shape(), call.inputs.key, [&](Index b, Scratch& scratch) { return fold(call.w_k, gq(b), scratch); },
+        back.saved.key_weights, back.saved.key_means, grad_mean_keys, {}, back.grad.key, back.grad_w_k);
+    fold_backward(call, back, grad_global_queries, grad_parameters);
+    pool_tokens_backward(
+        call, query_shape(), call.inputs.query, [&](Index, Scratch&) { return call.w_q; }, back.saved.query_weights,
+        back.saved.query_means, grad_global_queries, options_.add_query ? back.grad_out : Tokens<const T>{},
+        back.grad.query, back.grad_w_q);
+    add_weight_gradient(call, back.grad_w_q, grad_parameters.w_q);
+  }
+
+  template <class WeightsOf>
+  void pool_tokens_backward(const Call& call, const detail::PoolingShape& shape, Tokens<const T> rows,
+                            WeightsOf&& weights_of, const Matrix<T>& token_weights, const Matrix<T>& means,
+                            const T* grad_means, Tokens<const T> start, Tokens<T> grad_rows, T* grad_weights) const {
+    const Index padded = shape.padded();
+    call.work.for_each(call.stretches.count(), [&](Index s, Scratch& scratch) {
+      const Stretch& stretch = call.stretches[s];
+      const T* const grad_mean = grad_means + stretch.sequence * shape.width();
+      const T* const weights = weights_of(stretch.sequence, scratch);
+      T* const grad_weight = grad_weights + s * padded * shape.cols();
+      std::fill_n(grad_weight, padded * shape.cols(), T(0));
+      T* const center = scratch.take<T>(padded);
+      for (Index h = 0; h < shape.heads; ++h) {
+        center[h] =
+            detail::dot(means.row(stretch.sequence).data() + h * shape.dim, grad_mean + h * shape.dim, shape.dim);
+      }
+      T* const weight = scratch.take<T>(detail::row_block * strand * padded);
+      for_each_block(call, stretch, true, detail::row_block * strand, scratch, [&](const Index* token, Index count) {
+        for (Index i = 0; i < count; ++i) std::copy_n(token_weights.row(token[i]).data(), padded, weight + i * padded);
+        detail::pool_backward<T>(shape, weights, {rows, token, count}, weight, center, grad_mean, start, grad_rows,
+                                 grad_weight);
+      });
+      for (Index i = stretch.first; i < stretch.first + stretch.count; ++i) {
+        if (call.sees(i)) continue;
+        if (start.data() == nullptr) {
+          std::fill_n(grad_rows.row(i), shape.cols(), T(0));
+        } else {
+          std::copy_n(start.row(i), shape.cols(), grad_rows.row(i));
+        }
+      }
+    });
+  }
+
+  /// Of the folded weights, folded = sum_(h of a group) w_k[h] gq[h]: adds to grad_gq and to the gradient of w_k.
+  void fold_backward(const Call& call, const BackwardCall& back, T* grad_global_queries,
+                     Parameters& grad_parameters) const {
+    const detail::PoolingShape shape = key_shape();
+    const Index width = shape.width();
+    const Index size = shape.padded() * shape.cols();
+    const Stretches& stretches = call.stretches;
+    // Each sequence's sum takes the place of its first stretch's.
+    call.work.for_each(stretches.sequences, [&](Index b, Scratch&) {
+      const Index first = stretches.sequence_first[b];
+      T* const sum = back.grad_w_k + first * size;
+      T* const grad_gq = grad_global_queries + b * width;
+      if (first == stretches.sequence_first[b + 1]) return;
+      for (Index s = first + 1; s < stretches.sequence_first[b + 1]; ++s) {
+        for (Index i = 0; i < size; ++i) sum[i] += back.grad_w_k[s * size + i];
+      }
+      for (Index row = 0; row < shape.heads; ++row) {
+        for (Index h = 0; h < shape.heads; ++h) {
+          for (Index c = 0; c < shape.dim; ++c) {
+            grad_gq[h * shape.dim + c] +=
+                call.w_k[row * width + h * shape.dim + c] * sum[row * shape.cols() + shape.column(h) + c];
+          }
+        }
+      }
+    });
+    call.work.for_each(shape.heads, [&](Index row, Scratch&) {
+      for (Index b = 0; b < stretches.sequences; ++b) {
+        const Index first = stretches.sequence_first[b];
+        if (first == stretches.sequence_first[b + 1]) continue;
+        const T* const sum = back.grad_w_k + first * size + row * shape.cols();
+        const T* const gq = back.saved.query_means.row(b).data();
+        add_row_gradient(row, grad_parameters.w_k,
+                         [&](Index h, Index c) { return sum[shape.column(h) + c] * gq[h * shape.dim + c]; });
+      }
+    });
+  }
+
+  /// Adds to row `row` of a score weight's gradient what `gradient(head, feature)` says of the packed weight's.
+  template <class Gradient>
+  void add_row_gradient(Index row, Matrix<T>& to, Gradient&& gradient) const {
+    for (Index h = 0; h < heads_.query; ++h) {
+      if (options_.per_head_weights && h != row) continue;
+      const Index first = options_.per_head_weights ? 0 : h * heads_.dim;
+      for (Index c = 0; c < heads_.dim; ++c) to(row, first + c) += weight_factor() * gradient(h, c);
+    }
+  }
+
+  void add_weight_gradient(const Call& call, const T* parts, Matrix<T>& to) const {
+    const detail::PoolingShape shape = query_shape();
+    const Index size = shape.padded() * shape.cols();
+    call.work.for_each(shape.heads, [&](Index row, Scratch& scratch) {
+      T* const sum = scratch.take<T>(shape.cols());
+      std::fill_n(sum, shape.cols(), T(0));
+      for (Index s = 0; s < call.stretches.count(); ++s) {
+        for (Index c = 0; c < shape.cols(); ++c) sum[c] += parts[s * size + row * shape.cols() + c];
+      }
+      add_row_gradient(row, to, [&](Index h, Index c) { return sum[h * shape.dim + c]; });
+    });
+  }
+
+  /// Of out = w_t u + b_t: adds grad_out^T u and the column sums of grad_out. Each task owns some columns of w_t's
+  /// gradient and goes through all tokens; write_u(token, stretch, first, count, to) gives columns of a token's u.
+  template <class WriteU>
+  void transform_backward(const Call& call, const BackwardCall& back, Parameters& grad_parameters,
+                          WriteU&& write_u) const {
+    constexpr int vectors = detail::PackedMatrix<T>::vectors;
+    constexpr Index panel = detail::PackedMatrix<T>::width;
+    const Index width = heads_.query_cols();
+    const Index columns = columns_of_a_task(width);
+    call.work.for_each((width + columns - 1) / columns, [&](Index task, Scratch& scratch) {
+      const Index first_column = task * columns;
+      const Index mine = std::min(columns, width - first_column);
+      const Tokens<T> grad_w_t = Tokens<T>(grad_parameters.w_t).middle_cols(first_column, mine);
+      T* const u = scratch.take<T>(transform_rows * columns);
+      std::fill_n(u, transform_rows * columns, T(0));
+      for (Index s = 0; s < call.stretches.count(); ++s) {
+        const Stretch& stretch = call.stretches[s];
+        for (Index first = 0; first < stretch.count; first += transform_rows) {
+          const Index count = std::min(transform_rows, stretch.count - first);
+          const Index token = stretch.first + first;
+          for (Index i = 0; i < count; ++i) {
+            write_u(token + i, stretch, first_column, mine, u + i * columns);
+            if (grad_parameters.b_t.size() == 0) continue;
+            for (Index c = 0; c < mine; ++c) {
+              grad_parameters.b_t(0, first_column + c) += back.grad_out(token + i, first_column + c);
+            }
+          }
+          for (Index c = 0; c < mine; c += panel) {
+            detail::multiply<vectors>(
+                detail::Broadcast<T>{back.grad_out.row(token), 1, back.grad_out.stride()}, width, u + c, columns, count,
+                [](Index, int) { return detail::pset1<detail::Packet<T>>(T(0)); },
+                [&](Index r, int v, const detail::Packet<T>& sum) {
+                  const Index at = c + v * detail::lanes<T>;
+                  detail::add_numbers(grad_w_t.row(r) + at, mine - at, sum);
+                });
+          }
+        }
+      }
+    });
+  }
+
+  static Index columns_of_a_task(Index width) {
+    constexpr Index panel = detail::PackedMatrix<T>::width;
+    return std::min(detail::round_up(width, panel), std::max<Index>(panel, 128 / panel * panel));
+  }
+
+  // ---- backward, causal
+  // ----------------------------------------------------------------------------------------------
+
+  /// Three rounds over the stretches as forward, now from the end: what each stretch's rows leave for the keys before
+  /// it; the keys, and what is left for the queries before; the queries. The gradient of gq_t waits in the rows of
+  /// grad.query.
+  void backward_causal(const Call& call, const BackwardCall& back, Parameters& grad_parameters) const {
+    using Suffix = detail::SuffixSums<T>;
+    const detail::PoolingShape shape = query_shape();
+    const Stretches& stretches = call.stretches;
+    const Index size = Suffix::size(shape);
+    T* const queries = call.work.template take<T>(stretches.count() * size);
+    T* const keys = call.work.template take<T>(stretches.count() * size);
+    const auto suffix = [&](T* sums, Index s) { return Suffix::at(sums + s * size, shape); };
+    // What the first stretch of a sequence leaves, no other takes.
+    const auto is_first = [&](Index s) { return s == stretches.sequence_first[stretches[s].sequence]; };
+    const auto finish_round = [&](T* sums) {
+      call.work.for_each(stretches.sequences, [&](Index b, Scratch& scratch) {
+        const Suffix after = Suffix::at(scratch.take<T>(size), shape);
+        const Suffix own = Suffix::at(scratch.take<T>(size), shape);
+        after.start(shape);
+        for (Index s = stretches.sequence_first[b + 1]; s-- > stretches.sequence_first[b];) {
+          std::copy_n(sums + s * size, size, own.scalar);
+          std::copy_n(after.scalar, size, sums + s * size);
+          own.join(after, shape);
+          std::copy_n(own.scalar, size, after.scalar);
+        }
+      });
+    };
+    if (options_.transform) {
+      const Tokens<T> u(call.work.template take<T>(call.inputs.query.rows() * shape.width()), call.inputs.query.rows(),
+                        shape.width(), shape.width());
+      call.work.for_each(stretches.count(), [&](Index s, Scratch& scratch) {
+        const Recomputed r = recompute(call, back, s, true, scratch);
+        for (Index i = 0; i < stretches[s].count; ++i) {
+          const Index token = stretches[s].first + i;
+          const T* const value = call.inputs.value.row(token);
+          combine(reads_value(call, back, token) ? r.key.row(i) : nullptr, value, nullptr, u.row(token), value, value);
+        }
+      });
+      transform_backward(call, back, grad_parameters,
+                         [&](Index token, const Stretch&, Index first, Index count, T* to) {
+                           std::copy_n(u.row(token) + first, count, to);
+                         });
+    }
+    call.work.for_each(stretches.count(), [&](Index s, Scratch& scratch) {
+      const Suffix own = suffix(keys, s);
+      own.start(shape);
+      if (!is_first(s)) walk_back_keys(call, back, s, own, {}, scratch);
+    });
+    finish_round(keys);
+    call.work.for_each(stretches.count(), [&](Index s, Scratch& scratch) {
+      const Suffix own = suffix(queries, s);
+      own.start(shape);
+      walk_back_keys(call, back, s, suffix(keys, s), own, scratch);
+    });
+    finish_round(queries);
+    call.work.for_each(stretches.count(), [&](Index s, Scratch& scratch) {
+      walk_back_queries(call, back, s, suffix(queries, s), scratch);
+    });
+    add_weight_gradient(call, back.grad_w_q, grad_parameters.w_q);
+    add_weight_gradient(call, back.grad_w_k, grad_parameters.w_k);
+  }
+
+  /// The prefix means of a stretch again, from what it started with and the weights of its tokens.
+  struct Recomputed {
+    Index visible_count = 0;
+    bool* visible;    // of each token of the stretch
+    Tokens<T> query;  // gq_t
+    Tokens<T> p;      // gq_t * k_t
+    Tokens<T> key;    // gk_t
+  };
+
+  Recomputed recompute(const Call& call, const BackwardCall& back, Index s, bool keys, Scratch& scratch) const {
+    const detail::PoolingShape shape = query_shape();
+    const Index width = shape.width();
+    const Index padded = shape.padded();
+    const Stretch& stretch = call.stretches[s];
+    const auto take_rows = [&](bool wanted) {
+      return wanted ? Tokens<T>(scratch.take<T>(stretch.count * width), stretch.count, width, width) : Tokens<T>();
+    };
+    Recomputed r{0, scratch.take<bool>(stretch.count), take_rows(true), take_rows(keys), take_rows(keys)};
+    T* const weights = scratch.take<T>(stretch.count * padded);
+    const Pool pool = Pool::at(scratch.take<T>(Pool::size(shape)), shape);
+    const auto gather = [&](const Matrix<T>& from, const Matrix<T>& start) {
+      T* to = weights;
+      for (Index i = 0; i < stretch.count; ++i) {
+        if (!r.visible[i]) continue;
+        std::copy_n(from.row(stretch.first + i).data(), padded, to);
+        to += padded;
+      }
+      std::copy_n(start.row(s).data(), width, pool.mean);
+    };
+    for (Index i = 0; i < stretch.count; ++i) r.visible[i] = call.sees(stretch.first + i);
+    gather(back.saved.query_weights, back.saved.query_means);
+    detail::prefix_means<T>(shape, weights, call.inputs.query.middle_rows(stretch.first, stretch.count), r.visible,
+                            pool, r.query);
+    if (!keys) return r;
+    for (Index i = 0; i < stretch.count; ++i) {
+      if (!r.visible[i]) continue;
+      const T* const k = call.inputs.key.row(stretch.first + i);
+      combine(r.query.row(i), k, nullptr, r.p.row(i), k, k);
+    }
+    gather(back.saved.key_weights, back.saved.key_means);
+    detail::prefix_means<T>(shape, weights, r.p, r.visible, pool, r.key);
+    return r;
+  }
+
+  /// Goes back through a stretch's keys, `after` being what the rows after it leave. With `queries` it writes the
+  /// gradients of value and key, turns the rows of grad.query into the gradient of gq, and takes these into `queries`;
+  /// without, it only takes the stretch into `after`.
+  void walk_back_keys(const Call& call, const BackwardCall& back, Index s, const detail::SuffixSums<T>& after,
+                      const detail::SuffixSums<T>& queries, Scratch& scratch) const {
+    constexpr Index tile = detail::pooling_tile;
+    const bool write = queries.vector != nullptr;
+    const detail::PoolingShape shape = query_shape();
+    const Index width = shape.width();
+    const Index padded = shape.padded();
+    const Stretch& stretch = call.stretches[s];
+    const Recomputed r = recompute(call, back, s, true, scratch);
+    T* const grad_global_key = scratch.take<T>(width);
+    T* const unused = scratch.take<T>(heads_.value_cols());
+    const Tokens<T> grad_p(scratch.take<T>(tile * width), tile, width, width);
+    T* const grad_scores = scratch.take<T>(tile * padded);
+    T* const grad_weights = back.grad_w_k + s * padded * width;
+    if (write) std::fill_n(grad_weights, padded * width, T(0));
+
+    for (Index end = stretch.count; end > 0;) {
+      const Index first = (end - 1) / tile * tile;
+      Index rows[tile];
+      Index grad_rows[tile];
+      Index listed = 0;
+      for (Index i = end; i-- > first;) {
+        const Index token = stretch.first + i;
+        T* const grad_value = write ? back.grad.value.row(token) : unused;
+        if (reads_value(call, back, token)) {
+          combine_backward(r.key.row(i), call.inputs.value.row(token), back.grad_u.row(token), grad_value,
+                           grad_global_key, false);
+        } else {
+          std::fill_n(grad_value, heads_.value_cols(), T(0));
+          std::fill_n(grad_global_key, width, T(0));
+        }
+        const T* const weight = r.visible[i] ? back.saved.key_weights.row(token).data() : nullptr;
+        const bool wanted = write && r.visible[i];
+        detail::prefix_backward_row<T>(shape, r.key.row(i), grad_global_key, weight, wanted ? r.p.row(i) : nullptr,
+                                       after, grad_p.row(listed), grad_scores + listed * padded);
+        if (!wanted) continue;
+        std::fill_n(grad_scores + listed * padded + shape.heads, padded - shape.heads, T(0));
+        rows[listed] = i;
+        grad_rows[listed] = listed;
+        ++listed;
+      }
+      if (write) {
+        detail::score_rows_backward<T>(shape, call.w_k, {r.p, rows, listed}, grad_scores, {grad_p, grad_rows, listed},
+                                       grad_weights);
+        Index at = 0;
+        for (Index i = end; i-- > first;) {
+          const Index token = stretch.first + i;
+          T* const grad_query = back.grad.query.row(token);
+          if (r.visible[i]) {
+            combine_backward(r.query.row(i), call.inputs.key.row(token), grad_p.row(at++), back.grad.key.row(token),
+                             grad_query, false);
+          } else {
+            std::fill_n(grad_query, width, T(0));
+            std::fill_n(back.grad.key.row(token), heads_.key_cols(), T(0));
+          }
+          const T* const weight = r.visible[i] ? back.saved.query_weights.row(token).data() : nullptr;
+          detail::prefix_backward_row<T>(shape, r.query.row(i), grad_query, weight, nullptr, queries, nullptr, nullptr);
+        }
+      }
+      end = first;
+    }
+  }
+
+  void walk_back_queries(const Call& call, const BackwardCall& back, Index s, const detail::SuffixSums<T>& after,
+                         Scratch& scratch) const {
+    constexpr Index tile = detail::pooling_tile;
+    const detail::PoolingShape shape = query_shape();
+    const Index width = shape.width();
+    const Index padded = shape.padded();
+    const Stretch& stretch = call.stretches[s];
+    const Recomputed r = recompute(call, back, s, false, scratch);
+    T* const grad_scores = scratch.take<T>(tile * padded);
+    T* const grad_weights = back.grad_w_q + s * padded * width;
+    std::fill_n(grad_weights, padded * width, T(0));
+    for (Index end = stretch.count; end > 0;) {
+      const Index first = (end - 1) / tile * tile;
+      Index tokens[tile];
+      Index listed = 0;
+      for (Index i = end; i-- > first;) {
+        const Index token = stretch.first + i;
+        T* const grad_query = back.grad.query.row(token);
+        const T* const weight = r.visible[i] ? back.saved.query_weights.row(token).data() : nullptr;
+        detail::prefix_backward_row<T>(shape, r.query.row(i), grad_query, weight,
+                                       r.visible[i] ? call.inputs.query.row(token) : nullptr, after, grad_query,
+                                       grad_scores + listed * padded);
+        if (!r.visible[i]) continue;
+        std::fill_n(grad_scores + listed * padded + shape.heads, padded - shape.heads, T(0));
+        tokens[listed++] = token;
+      }
+      detail::score_rows_backward<T>(shape, call.w_q, {call.inputs.query, tokens, listed}, grad_scores,
+                                     {back.grad.query, tokens, listed}, grad_weights);
+      for (Index i = first; options_.add_query && i < end; ++i) {
+        T* const grad_query = back.grad.query.row(stretch.first + i);
+        const T* const grad_out = back.grad_out.row(stretch.first + i);
+        for (Index c = 0; c < width; ++c) grad_query[c] += grad_out[c];
+      }
+      end = first;
     }
   }
 

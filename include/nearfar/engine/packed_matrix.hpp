@@ -9,6 +9,18 @@ namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
 namespace detail {
 
+/// Adds a vector to the numbers at `to`, of which there may be fewer than lanes.
+template <class T>
+NEARFAR_INLINE void add_numbers(T* to, Index count, const Packet<T>& sum) {
+  if (count >= lanes<T>) {
+    pstoreu(to, padd(ploadu<Packet<T>>(to), sum));
+    return;
+  }
+  T numbers[lanes<T>];
+  pstoreu(numbers, sum);
+  for (Index i = 0; i < count; ++i) to[i] += numbers[i];
+}
+
 /// A depth x cols matrix B, laid out once for many products A B: panels of `width` columns, one after another, the last
 /// filled up with zeros.
 template <class T>
@@ -39,24 +51,12 @@ class PackedMatrix {
   /// C += A B for the rows of A and C.
   void multiply_add(Broadcast<T> a, Tokens<T> c) const {
     for (Index first = 0; first < cols_; first += width) {
-      const Index count = std::min(width, cols_ - first);
-      const T* const panel = data_ + first * depth_;
-      const auto zero = [](Index, int) { return pset1<Packet<T>>(T(0)); };
-      if (count == width) {
-        multiply<vectors>(a, c.rows(), panel, width, depth_, zero, [&](Index r, int v, const Packet<T>& sum) {
-          T* to = c.row(r) + first + v * lanes<T>;
-          pstoreu(to, padd(ploadu<Packet<T>>(to), sum));
-        });
-      } else {
-        multiply<vectors>(a, c.rows(), panel, width, depth_, zero, [&](Index r, int v, const Packet<T>& sum) {
-          T numbers[lanes<T>];
-          pstoreu(numbers, sum);
-          T* to = c.row(r) + first;
-          for (Index i = v * lanes<T>; i < std::min<Index>((v + 1) * lanes<T>, count); ++i) {
-            to[i] += numbers[i - v * lanes<T>];
-          }
-        });
-      }
+      multiply<vectors>(
+          a, c.rows(), data_ + first * depth_, width, depth_, [](Index, int) { return pset1<Packet<T>>(T(0)); },
+          [&](Index r, int v, const Packet<T>& sum) {
+            const Index column = first + v * lanes<T>;
+            add_numbers(c.row(r) + column, cols_ - column, sum);
+          });
     }
   }
 

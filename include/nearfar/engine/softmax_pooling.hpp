@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
@@ -263,6 +264,146 @@ void prefix_means(const PoolingShape& shape, const T* weights, Tokens<const T> r
       }
       pstoreu(state.mean + at, mean);
     });
+  }
+}
+
+/// The gradient of scores = rows weights^T: grad_row_i += sum_h grad_score_ih w_h for the rows listed in `grad_rows`,
+/// and grad_weights_h += sum_i grad_score_ih x_i.
+template <class T>
+void score_rows_backward(const PoolingShape& shape, const T* weights, const RowList<const T>& list,
+                         const T* grad_scores, const RowList<T>& grad_rows, T* grad_weights) {
+  const Index cols = shape.cols();
+  const Index padded = shape.padded();
+  for (Index first = 0; first < padded; first += head_block) {
+    for_each_packet<T>(cols, [&](auto by, Index c) {
+      using P = typename decltype(by)::template Of<T>;
+      P w[head_block];
+      P sum[head_block];
+      NEARFAR_UNROLL for (int h = 0; h < head_block; ++h) {
+        w[h] = ploadu<P>(weights + (first + h) * cols + c);
+        sum[h] = ploadu<P>(grad_weights + (first + h) * cols + c);
+      }
+      for (Index i = 0; i < list.count; ++i) {
+        const P x = ploadu<P>(list[i] + c);
+        P grad = ploadu<P>(grad_rows[i] + c);
+        NEARFAR_UNROLL for (int h = 0; h < head_block; ++h) {
+          const P score = pset1<P>(grad_scores[i * padded + first + h]);
+          grad = pmadd(score, w[h], grad);
+          sum[h] = pmadd(score, x, sum[h]);
+        }
+        pstoreu(grad_rows[i] + c, grad);
+      }
+      NEARFAR_UNROLL for (int h = 0; h < head_block; ++h) pstoreu(grad_weights + (first + h) * cols + c, sum[h]);
+    });
+  }
+}
+
+template <class T>
+T dot(const T* x, const T* y, Index count) {
+  Packet<T> sum = pset1<Packet<T>>(T(0));
+  T rest = T(0);
+  for_each_packet<T>(count, [&](auto by, Index c) {
+    using P = typename decltype(by)::template Of<T>;
+    const auto product = [&](auto& total) { total = pmadd(ploadu<P>(x + c), ploadu<P>(y + c), total); };
+    if constexpr (std::is_same_v<decltype(by), ByVectors>) {
+      product(sum);
+    } else {
+      product(rest);
+    }
+  });
+  return predux(sum) + rest;
+}
+
+/// The gradient of `pool` for the rows of the list. `weights_of_rows` holds weight_ih and becomes the gradient of the
+/// scores, weight_ih (x_i - mean_h) . grad_mean_h; grad_row_i = start_i + what reaches x_i (start may be null: zero),
+/// and the gradient of the weights is added to grad_weights. `center` holds mean_h . grad_mean_h.
+template <class T>
+void pool_backward(const PoolingShape& shape, const T* weights, const RowList<const T>& list, T* weights_of_rows,
+                   const T* center, const T* grad_mean, Tokens<const T> start, Tokens<T> grad_rows, T* grad_weights) {
+  const Index padded = shape.padded();
+  const Index groups = shape.heads / shape.group;
+  for (Index first = 0; first < list.count; first += pooling_tile) {
+    const RowList<const T> tile = list.part(first, pooling_tile);
+    const RowList<T> grad{grad_rows, tile.number, tile.count};
+    for (Index i = 0; i < tile.count; ++i) {
+      T* const weight = weights_of_rows + (first + i) * padded;
+      const T* const from = start.data() == nullptr ? nullptr : start.row(tile.number[i]);
+      for (Index g = 0; g < groups; ++g) {
+        for_each_packet<T>(shape.dim, [&](auto by, Index c) {
+          using P = typename decltype(by)::template Of<T>;
+          P sum = from == nullptr ? pset1<P>(T(0)) : ploadu<P>(from + g * shape.dim + c);
+          for (Index h = g * shape.group; h < (g + 1) * shape.group; ++h) {
+            sum = pmadd(pset1<P>(weight[h]), ploadu<P>(grad_mean + h * shape.dim + c), sum);
+          }
+          pstoreu(grad[i] + g * shape.dim + c, sum);
+        });
+      }
+      for (Index h = 0; h < shape.heads; ++h) {
+        const T along = dot(tile[i] + shape.column(h), grad_mean + h * shape.dim, shape.dim);
+        weight[h] *= ln_2<T> * (along - center[h]);
+      }
+    }
+    score_rows_backward(shape, weights, tile, weights_of_rows + first * padded, grad, grad_weights);
+  }
+}
+
+/// What the rows after row i leave for it, in the backward pass of the prefix form:
+///
+///   vector_i = sum_(t > i) keep_it grad_mean_t        scalar_i = sum_(t > i) keep_it mean_t . grad_mean_t
+///
+/// with keep_it = (1 - weight_(i+1)) ... (1 - weight_t), what is left at t of a weight that was 1 at row i.
+template <class T>
+struct SuffixSums {
+  T* vector;  // heads x dim
+  T* scalar;  // padded heads
+  T* keep;    // padded heads: of all rows passed
+
+  static Index size(const PoolingShape& shape) { return 2 * shape.padded() + shape.width(); }
+
+  static SuffixSums at(T* memory, const PoolingShape& shape) {
+    return {memory + 2 * shape.padded(), memory, memory + shape.padded()};
+  }
+
+  void start(const PoolingShape& shape) const {
+    std::fill_n(vector, shape.width(), T(0));
+    std::fill_n(scalar, shape.padded(), T(0));
+    std::fill_n(keep, shape.padded(), T(1));
+  }
+
+  /// These sums, of a stretch of rows, with those of the rows after the stretch.
+  void join(const SuffixSums& after, const PoolingShape& shape) const {
+    for (Index h = 0; h < shape.heads; ++h) {
+      scalar[h] += keep[h] * after.scalar[h];
+      for (Index c = h * shape.dim; c < (h + 1) * shape.dim; ++c) vector[c] += keep[h] * after.vector[c];
+      keep[h] *= after.keep[h];
+    }
+  }
+};
+
+/// Takes row i into the sums, and where `x` is not null writes what reaches it: grad_x = weight_i vector (the share
+/// that passes through the mean), grad_scores = weight_i (x . vector - scalar), both sums with row i's own gradient in
+/// them. A row that is not visible has weights null. grad_x may be grad_mean.
+template <class T>
+void prefix_backward_row(const PoolingShape& shape, const T* mean, const T* grad_mean, const T* weight, const T* x,
+                         const SuffixSums<T>& after, T* grad_x, T* grad_scores) {
+  for (Index h = 0; h < shape.heads; ++h) {
+    const Index first = h * shape.dim;
+    T* const vector = after.vector + first;
+    after.scalar[h] += dot(mean + first, grad_mean + first, shape.dim);
+    const T share = weight == nullptr ? T(0) : weight[h];
+    for_each_packet<T>(shape.dim, [&](auto by, Index c) {
+      using P = typename decltype(by)::template Of<T>;
+      const P sum = padd(ploadu<P>(vector + c), ploadu<P>(grad_mean + first + c));
+      pstoreu(vector + c, sum);
+      if (x != nullptr) pstoreu(grad_x + first + c, pmul(pset1<P>(share), sum));
+    });
+    if (weight == nullptr) continue;
+    if (x != nullptr) grad_scores[h] = ln_2<T> * share * (dot(x + first, vector, shape.dim) - after.scalar[h]);
+    // A row that takes all the weight leaves nothing to those before it.
+    const T left = T(1) - share;
+    after.scalar[h] = left == T(0) ? T(0) : left * after.scalar[h];
+    after.keep[h] *= left;
+    for (Index c = 0; c < shape.dim; ++c) vector[c] = left == T(0) ? T(0) : left * vector[c];
   }
 }
 
