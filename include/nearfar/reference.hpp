@@ -67,11 +67,14 @@ struct LinearTerms {
   bool causal = false;
 };
 
-/// phi of every entry of every row, each row over its sum if normalised.
+/// phi of every entry of every row; if normalised each row over its sum, or 0 where the sum is 0.
 template <class T>
 Matrix<T> features(const Matrix<T>& rows, const std::function<T(T)>& phi, bool normalize) {
   Matrix<T> result = rows.unaryExpr(phi);
-  for (Index i = 0; normalize && i < rows.rows(); ++i) result.row(i) /= result.row(i).sum();
+  for (Index i = 0; normalize && i < rows.rows(); ++i) {
+    const T sum = result.row(i).sum();
+    result.row(i) *= sum == 0 ? T(0) : 1 / sum;
+  }
   return result;
 }
 
@@ -195,6 +198,7 @@ struct AdditiveTerms {
   Matrix<T> transform_weight;  ///< E x E, a row an output feature
   Matrix<T> transform_bias;    ///< 1 x E
   bool causal = false;
+  bool add_query = true;
   std::optional<double> scale = {};
 };
 
@@ -242,8 +246,11 @@ Matrix<T> additive(const Heads& heads, const Inputs<T>& inputs, const AdditiveTe
         pooled_tokens(heads, query, terms.query_weight, terms.query_bias, one.key_mask, terms);
     const Matrix<T> product = global_query.cwiseProduct(key);
     const Matrix<T> global_key = pooled_tokens(heads, product, terms.key_weight, terms.key_bias, one.key_mask, terms);
-    const Matrix<T> u = global_key.cwiseProduct(value);
-    return (u * terms.transform_weight.transpose()).rowwise() + terms.transform_bias.row(0) + query;
+    // Where gk has pooled no token it is 0, and the value, which may be that of a masked key, is not read.
+    const Matrix<T> u = (global_key.array() == 0).select(T(0), global_key.cwiseProduct(value));
+    Matrix<T> out = (u * terms.transform_weight.transpose()).rowwise() + terms.transform_bias.row(0);
+    if (terms.add_query) out += query;
+    return out;
   });
 }
 
