@@ -1,0 +1,310 @@
+#pragma once
+
+#include <nearfar/additive.hpp>
+#include <nearfar/banded.hpp>
+#include <nearfar/detail/option_line.hpp>
+#include <nearfar/linear.hpp>
+#include <nearfar/multipole.hpp>
+#include <nearfar/nystrom.hpp>
+#include <nearfar/softmax.hpp>
+
+#include <array>
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <variant>
+#include <vector>
+
+namespace nearfar {
+inline namespace NEARFAR_VERSION_NAMESPACE {
+
+namespace detail {
+
+template <>
+inline constexpr std::array<std::string_view, 2> enumerator_names<Normalizer>{"row_sum", "sqrt_length"};
+
+template <>
+inline constexpr std::array<std::string_view, 3> enumerator_names<Pooling>{"average", "grouped_convolution",
+                                                                           "hierarchical_convolution"};
+
+template <>
+inline constexpr std::array<std::string_view, 2> enumerator_names<QueryPooling>{"unmasked", "all"};
+
+/// Feature maps by their names: elu+tanh.
+template <>
+struct ValueText<std::vector<AnyFeatureMap>> {
+  static std::string expected() { return "feature maps joined by +"; }
+
+  static std::optional<std::vector<AnyFeatureMap>> read(std::string_view text) {
+    std::vector<AnyFeatureMap> maps;
+    for (std::optional<std::string_view> rest = text; rest;) {
+      const auto [name, further] = cut(*rest, '+');
+      maps.push_back(feature_map_from_name(name));
+      rest = further;
+    }
+    return maps;
+  }
+
+  static std::string print(const std::vector<AnyFeatureMap>& maps) {
+    std::vector<std::string_view> names;
+    for (const AnyFeatureMap& map : maps) names.push_back(map.name());
+    return joined(names, "+");
+  }
+};
+
+}  // namespace detail
+
+/// How a line of AnyAttention writes the mechanism of these Options: its name, and a table of its options, from which
+/// they are read, printed and listed in errors. Specialise it for a mechanism of your own.
+template <class Options>
+struct LineFormat;
+
+using detail::line_option;
+using detail::LineOption;
+
+template <>
+struct LineFormat<SoftmaxOptions> {
+  using Options = SoftmaxOptions;
+  static constexpr std::string_view name = "softmax";
+  static constexpr std::array options = {line_option<&Options::causal>("causal"),
+                                         line_option<&Options::scale>("scale")};
+};
+
+template <>
+struct LineFormat<BandedOptions> {
+  using Options = BandedOptions;
+  static constexpr std::string_view name = "banded";
+  static constexpr std::array options = {
+      line_option<&Options::window, &Window::left>("left"), line_option<&Options::window, &Window::right>("right"),
+      line_option<&Options::causal>("causal"), line_option<&Options::scale>("scale")};
+};
+
+template <>
+struct LineFormat<LinearOptions> {
+  using Options = LinearOptions;
+  static constexpr std::string_view name = "linear";
+  static constexpr std::array options = {
+      line_option<&Options::feature_maps>("maps"), line_option<&Options::causal>("causal"),
+      line_option<&Options::normalizer>("normalizer"), line_option<&Options::eps>("eps"),
+      line_option<&Options::normalize_features>("normalize_features")};
+};
+
+template <>
+struct LineFormat<NystromOptions> {
+  using Options = NystromOptions;
+  static constexpr std::string_view name = "nystrom";
+  static constexpr std::array options = {line_option<&Options::landmarks>("landmarks"),
+                                         line_option<&Options::scale>("scale"),
+                                         line_option<&Options::tolerance>("tolerance")};
+};
+
+template <>
+struct LineFormat<AdditiveOptions> {
+  using Options = AdditiveOptions;
+  static constexpr std::string_view name = "additive";
+  static constexpr std::array options = {line_option<&Options::causal>("causal"),
+                                         line_option<&Options::scale>("scale"),
+                                         line_option<&Options::per_head_weights>("per_head_weights"),
+                                         line_option<&Options::bias>("bias"),
+                                         line_option<&Options::transform>("transform"),
+                                         line_option<&Options::add_query>("add_query")};
+};
+
+template <>
+struct LineFormat<MultipoleOptions> {
+  using Options = MultipoleOptions;
+  static constexpr std::string_view name = "multipole";
+  static constexpr std::array options = {line_option<&Options::block>("block"),
+                                         line_option<&Options::rank>("rank"),
+                                         line_option<&Options::causal>("causal"),
+                                         line_option<&Options::mass_scaling>("mass_scaling"),
+                                         line_option<&Options::pooling>("pooling"),
+                                         line_option<&Options::pooled_queries>("pooled_queries"),
+                                         line_option<&Options::query_pooling>("query_pooling"),
+                                         line_option<&Options::scale>("scale"),
+                                         line_option<&Options::levels>("levels")};
+};
+
+namespace detail {
+
+// What training keeps for a mechanism, a type for each, so that a variant of them has no type twice.
+template <class M>
+struct SavedOf {};
+template <DifferentiableAttention M>
+struct SavedOf<M> {
+  typename M::Saved saved;
+};
+
+template <class M>
+struct ParametersOf {};
+template <DifferentiableAttention M>
+struct ParametersOf<M> {
+  typename M::Parameters parameters;
+};
+
+}  // namespace detail
+
+/// One of several mechanisms, chosen at run time by a line of text, so that an experiment names it in a file:
+///
+///   AnyAttention<float> attention(heads, "multipole:block=64,rank=4,causal");
+///
+/// A line is the name of a mechanism and, after a colon, the options that it sets, with commas between them. An option
+/// that is on or off may be named alone for on. Names and values are those of the mechanism's Options, as the tables
+/// above give them; the others keep their defaults.
+///
+/// It is itself Attention, and DifferentiableAttention if all its mechanisms are. A call costs one branch more than
+/// that of the mechanism that is held.
+template <class... Mechanisms>
+class AnyAttentionOf {
+  static constexpr bool differentiable = (DifferentiableAttention<Mechanisms> && ...);
+
+ public:
+  using Scalar = typename std::tuple_element_t<0, std::tuple<Mechanisms...>>::Scalar;
+
+  /// What backward needs of the mechanism that ran forward.
+  struct Saved {
+    std::variant<detail::SavedOf<Mechanisms>...> of;
+  };
+
+  /// A copy of the parameters of the mechanism that is held; also where gradients of them are added up.
+  struct Parameters {
+    std::variant<detail::ParametersOf<Mechanisms>...> of;
+
+    template <class Visit>
+    void for_each(Visit&& visit) {
+      std::visit([&](auto& held) { held.parameters.for_each(visit); }, of);
+    }
+  };
+
+  /// The parameters where they stand in the mechanism, for an optimiser to step.
+  class ParametersInPlace {
+   public:
+    explicit ParametersInPlace(AnyAttentionOf& attention) : attention_(attention) {}
+
+    operator Parameters() const { return std::as_const(attention_).parameters(); }
+
+    template <class Visit>
+    void for_each(Visit&& visit) const {
+      std::visit([&](auto& mechanism) { mechanism.parameters().for_each(visit); }, attention_.mechanism_);
+    }
+
+   private:
+    AnyAttentionOf& attention_;
+  };
+
+  /// Throws std::invalid_argument if the line names a mechanism or an option that is not known, an option twice, or a
+  /// value that is none; and what the mechanism throws for these heads and options.
+  AnyAttentionOf(const Heads& heads, std::string_view line) : AnyAttentionOf(heads, detail::cut_line(line)) {}
+
+  /// Holds a mechanism that is already made. Its line sets the options that differ from their defaults; that of a
+  /// mechanism with the user's own feature maps cannot be read again.
+  template <class M>
+  requires(std::same_as<M, Mechanisms> || ...) explicit AnyAttentionOf(M mechanism) : mechanism_(std::move(mechanism)) {
+    const auto& options = std::get<M>(mechanism_).options();
+    line_ = print(options, detail::names_of_changed(options, table_of(options)));
+  }
+
+  /// The name of the mechanism that is held: "multipole".
+  std::string_view name() const {
+    return visit([](const auto& mechanism) { return name_of(mechanism.options()); });
+  }
+
+  /// The line that makes the same again: it sets what was set, in that order, without blanks and every value in its
+  /// shortest form. A line of that form comes back as it was.
+  const std::string& line() const { return line_; }
+
+  /// f(mechanism), of the mechanism that is held.
+  template <class F>
+  decltype(auto) visit(F&& f) const {
+    return std::visit(std::forward<F>(f), mechanism_);
+  }
+
+  const Heads& heads() const {
+    return visit([](const auto& mechanism) -> const Heads& { return mechanism.heads(); });
+  }
+
+  Parameters parameters() const requires differentiable {
+    return visit(
+        []<class M>(const M& mechanism) { return Parameters{detail::ParametersOf<M>{mechanism.parameters()}}; });
+  }
+
+  ParametersInPlace parameters() requires differentiable { return ParametersInPlace(*this); }
+
+  void forward(const Inputs<Scalar>& inputs, Tokens<Scalar> out, Context& context = default_context()) const {
+    visit([&](const auto& mechanism) {
+      if constexpr (requires { mechanism.forward(inputs, out, context); }) {
+        mechanism.forward(inputs, out, context);
+      } else {
+        mechanism.forward(inputs, out);
+      }
+    });
+  }
+
+  void forward(const Inputs<Scalar>& inputs, Tokens<Scalar> out, Saved& saved,
+               Context& context = default_context()) const requires differentiable {
+    visit([&]<class M>(const M& mechanism) {
+      using SavedOf = detail::SavedOf<M>;
+      if (!std::holds_alternative<SavedOf>(saved.of)) saved.of.template emplace<SavedOf>();
+      mechanism.forward(inputs, out, std::get<SavedOf>(saved.of).saved, context);
+    });
+  }
+
+  /// Throws std::invalid_argument if `saved` or `grad_parameters` belong to another mechanism.
+  void backward(const Inputs<Scalar>& inputs, Tokens<const Scalar> out, const Saved& saved,
+                Tokens<const Scalar> grad_out, const InputGradients<Scalar>& grad_inputs, Parameters& grad_parameters,
+                Context& context = default_context()) const requires differentiable {
+    visit([&]<class M>(const M& mechanism) {
+      const auto* saved_of = std::get_if<detail::SavedOf<M>>(&saved.of);
+      auto* parameters_of = std::get_if<detail::ParametersOf<M>>(&grad_parameters.of);
+      detail::require(saved_of != nullptr, detail::line_reader, "saved is not that of ", name(), ".");
+      detail::require(parameters_of != nullptr, detail::line_reader, "grad_parameters are not those of ", name(), ".");
+      mechanism.backward(inputs, out, saved_of->saved, grad_out, grad_inputs, parameters_of->parameters, context);
+    });
+  }
+
+ private:
+  AnyAttentionOf(const Heads& heads, const detail::OptionLine& line) : mechanism_(make(heads, line)) {
+    line_ = visit([&](const auto& mechanism) { return print(mechanism.options(), detail::names_of(line.options)); });
+  }
+
+  template <class Options>
+  static std::string_view name_of(const Options&) {
+    return LineFormat<Options>::name;
+  }
+
+  template <class Options>
+  static std::span<const LineOption<Options>> table_of(const Options&) {
+    return LineFormat<Options>::options;
+  }
+
+  template <class Options>
+  static std::string print(const Options& options, const std::vector<std::string_view>& names) {
+    return detail::print_line(name_of(options), names, options, table_of(options));
+  }
+
+  static std::variant<Mechanisms...> make(const Heads& heads, const detail::OptionLine& line) {
+    std::optional<std::variant<Mechanisms...>> made;
+    const auto make_if_named = [&]<class M>(std::type_identity<M>) {
+      using Options = typename M::Options;
+      if (line.mechanism != LineFormat<Options>::name) return;
+      made.emplace(M(heads, detail::read_options<Options>(line, LineFormat<Options>::options)));
+    };
+    (make_if_named(std::type_identity<Mechanisms>{}), ...);
+    detail::require(made.has_value(), detail::line_reader, "unknown mechanism \"", line.mechanism, "\"; known are ",
+                    detail::joined(std::array{LineFormat<typename Mechanisms::Options>::name...}), ".");
+    return *std::move(made);
+  }
+
+  std::variant<Mechanisms...> mechanism_;
+  std::string line_;
+};
+
+/// All of nearfar's mechanisms and any of your own: those need Options, options() and a LineFormat of them.
+template <class Scalar, class... Own>
+using AnyAttention = AnyAttentionOf<Softmax<Scalar>, Banded<Scalar>, Linear<Scalar>, Nystrom<Scalar>, Additive<Scalar>,
+                                    Multipole<Scalar>, Own...>;
+
+}  // namespace NEARFAR_VERSION_NAMESPACE
+}  // namespace nearfar
