@@ -1,0 +1,247 @@
+#include <nearfar/nystrom.hpp>
+#include <nearfar/softmax.hpp>
+
+#include "support/compare.hpp"
+#include "support/random.hpp"
+#include "support/sample.hpp"
+
+#include <gtest/gtest.h>
+
+#include <Eigen/QR>
+
+#include <array>
+#include <string>
+
+namespace nearfar::test {
+namespace {
+
+using Dense = Eigen::MatrixXd;
+
+Dense softmax_rows(const Dense& scores) {
+  Dense result = scores;
+  for (Index i = 0; i < scores.rows(); ++i) {
+    result.row(i) = (scores.row(i).array() - scores.row(i).maxCoeff()).exp();
+    result.row(i) /= result.row(i).sum();
+  }
+  return result;
+}
+
+Dense pseudo_inverse(const Dense& matrix) { return matrix.completeOrthogonalDecomposition().pseudoInverse(); }
+
+/// The equation as it stands, for one sequence.
+Matrix<double> plain_nystrom(const Heads& heads, Index landmarks, const Sample<double>& sample) {
+  const Index n = sample.query.rows(), dim = heads.dim, value_dim = heads.value_width();
+  const auto seen = [&](Index i) {
+    return sample.key_mask.empty() || sample.key_mask[static_cast<std::size_t>(i)] != 0;
+  };
+  Matrix<double> out = Matrix<double>::Zero(n, heads.out_cols());
+  for (Index h = 0; h < heads.query; ++h) {
+    const Dense q = sample.query.middleCols(h * dim, dim);
+    const Dense k = sample.key.middleCols(h / heads.group() * dim, dim);
+    const Dense v = sample.value.middleCols(h / heads.group() * value_dim, value_dim);
+    std::vector<Index> tokens;
+    for (Index i = 0; i < n; ++i) {
+      if (seen(i)) tokens.push_back(i);
+    }
+    Dense query_means(0, dim), key_means(0, dim);
+    for (Index t = 0; t < landmarks; ++t) {
+      Eigen::RowVectorXd query_sum = Eigen::RowVectorXd::Zero(dim), key_sum = Eigen::RowVectorXd::Zero(dim);
+      double count = 0;
+      for (Index i = t * n / landmarks; i < (t + 1) * n / landmarks; ++i) {
+        if (!seen(i)) continue;
+        query_sum += q.row(i);
+        key_sum += k.row(i);
+        ++count;
+      }
+      if (count == 0) continue;
+      query_means.conservativeResize(query_means.rows() + 1, dim);
+      key_means.conservativeResize(key_means.rows() + 1, dim);
+      query_means.bottomRows(1) = query_sum / count;
+      key_means.bottomRows(1) = key_sum / count;
+    }
+    if (tokens.empty()) continue;
+    const double scale = 1 / std::sqrt(static_cast<double>(dim));
+    const Dense first = softmax_rows(scale * q * key_means.transpose());
+    const Dense kernel = softmax_rows(scale * query_means * key_means.transpose());
+    const Dense last = softmax_rows(scale * query_means * k(tokens, Eigen::all).transpose());
+    out.middleCols(h * value_dim, value_dim) = first * pseudo_inverse(kernel) * last * v(tokens, Eigen::all);
+  }
+  return out;
+}
+
+Nystrom<double> nystrom(const Heads& heads, Index landmarks) {
+  return Nystrom<double>(heads, {.landmarks = landmarks});
+}
+
+TEST(Nystrom, FollowsItsEquation) {
+  Random random(1);
+  for (const Index n : {1, 2, 7, 31, 64, 100}) {
+    for (const Index landmarks : {1, 2, 5, 8}) {
+      const Heads heads{4, 2, 5, 7};
+      auto sample = random_sample<double>(heads, n, static_cast<std::uint64_t>(n));
+      EXPECT_TRUE(close(run_forward(nystrom(heads, landmarks), sample), plain_nystrom(heads, landmarks, sample), 1e-9))
+          << n << " tokens, " << landmarks << " landmarks";
+      sample.key_mask = random.mask(n, 0.5);
+      sample.key_mask[static_cast<std::size_t>(random.integer(0, n - 1))] = 1;
+      EXPECT_TRUE(close(run_forward(nystrom(heads, landmarks), sample), plain_nystrom(heads, landmarks, sample), 1e-9))
+          << n << " tokens, " << landmarks << " landmarks, masked";
+    }
+  }
+}
+
+TEST(Nystrom, IsTheSameForKeysThatComeInManyPieces) {
+  const Heads heads{2, 1, 4};
+  auto sample = random_sample<double>(heads, 5000, 3);
+  EXPECT_TRUE(close(run_forward(nystrom(heads, 4), sample), plain_nystrom(heads, 4, sample), 1e-8));
+  // One of the pieces has no key that may be seen.
+  sample.key_mask.assign(5000, 1);
+  std::fill(sample.key_mask.begin() + 2000, sample.key_mask.begin() + 4200, std::uint8_t{0});
+  EXPECT_TRUE(close(run_forward(nystrom(heads, 4), sample), plain_nystrom(heads, 4, sample), 1e-8));
+}
+
+TEST(Nystrom, WithALandmarkForEveryTokenIsSoftmax) {
+  const Heads heads{2, 1, 6};
+  auto sample = random_sample<double>(heads, 12, 4);
+  for (const Index landmarks : {12, 13, 100}) {
+    EXPECT_TRUE(
+        close(run_forward(nystrom(heads, landmarks), sample), run_forward(Softmax<double>(heads), sample), 1e-9));
+  }
+  sample.key_mask = {1, 0, 1, 1, 0, 0, 1, 1, 1, 1, 0, 1};
+  EXPECT_TRUE(close(run_forward(nystrom(heads, 12), sample), run_forward(Softmax<double>(heads), sample), 1e-9));
+}
+
+TEST(Nystrom, OfEqualTokensIsTheMeanOfTheirValues) {
+  // All landmarks are the same, so that the kernel has rank one.
+  const Heads heads{1, 1, 4};
+  auto sample = random_sample<double>(heads, 40, 5);
+  sample.query.rowwise() = sample.query.row(0).eval();
+  sample.key.rowwise() = sample.key.row(0).eval();
+  const Matrix<double> mean = sample.value.colwise().mean().replicate(40, 1);
+  EXPECT_TRUE(close(run_forward(nystrom(heads, 7), sample), mean, 1e-13));
+  EXPECT_TRUE(close(run_forward(Nystrom<float>(heads, {.landmarks = 7}), cast<float>(sample)), mean, 1e-6));
+}
+
+TEST(Nystrom, CountsPivotsUpToTheToleranceAsZero) {
+  const Heads heads{1, 1, 4};
+  auto sample = random_sample<double>(heads, 40, 6);
+  // Neighbours cancel: the landmark queries are small, the queries are not, and the kernel is almost of rank one.
+  for (Index i = 0; i < 40; i += 2) sample.query.row(i + 1) = 1e-4 * sample.query.row(i + 1) - sample.query.row(i);
+  const Matrix<double> mean = sample.value.colwise().mean().replicate(40, 1);
+  EXPECT_TRUE(close(run_forward(Nystrom<double>(heads, {.landmarks = 4, .tolerance = 1e-2}), sample), mean, 1e-3));
+  EXPECT_FALSE(close(run_forward(Nystrom<double>(heads, {.landmarks = 4, .tolerance = 0.0}), sample), mean, 1e-3));
+}
+
+TEST(Nystrom, AttendsEachSequenceOfABatchAlone) {
+  const Heads heads{2, 1, 5, 3};
+  std::vector<Sample<double>> sequences;
+  for (const Index n : {3, 0, 17, 2100, 1, 0}) {
+    sequences.push_back(random_sample<double>(heads, n, static_cast<std::uint64_t>(n + 1)));
+  }
+  sequences[2].key_mask = Random(7).mask(17, 0.3);
+  const auto packed = pack<double>(sequences);
+  const auto attention = nystrom(heads, 6);
+  const Matrix<double> out = run_forward(attention, packed);
+  for (std::size_t b = 0; b < sequences.size(); ++b) {
+    const Index first = packed.query_offsets[b];
+    EXPECT_TRUE(same_bits(out.middleRows(first, sequences[b].query.rows()), run_forward(attention, sequences[b])));
+  }
+}
+
+TEST(Nystrom, NeverReadsMaskedKeys) {
+  const Heads heads{2, 1, 5};
+  auto sample = random_sample<float>(heads, 50, 8);
+  sample.key_mask = Random(9).mask(50, 0.6);
+  // The first segments have no token left.
+  std::fill(sample.key_mask.begin(), sample.key_mask.begin() + 15, std::uint8_t{0});
+  const Nystrom<float> attention(heads, {.landmarks = 8});
+  const Matrix<float> out = run_forward(attention, sample);
+  EXPECT_TRUE(finite(out));
+  poison_masked_keys(sample);
+  EXPECT_TRUE(same_bits(run_forward(attention, sample), out));
+}
+
+TEST(Nystrom, GivesZeroRowsWhereAllKeysAreMasked) {
+  const Heads heads{2, 2, 3};
+  auto sample = random_sample<double>(heads, 9, 10);
+  sample.key_mask.assign(9, 0);
+  poison_masked_keys(sample);
+  const auto attention = nystrom(heads, 4);
+  Matrix<double> out = Matrix<double>::Ones(9, 6);
+  Nystrom<double>::Saved saved;
+  attention.forward(sample.inputs(), out, saved);
+  EXPECT_TRUE(out.isZero(0));
+  EXPECT_TRUE((saved.log_sum_exp.array() == -std::numeric_limits<double>::infinity()).all());
+}
+
+TEST(Nystrom, SharesKeyHeadsAsIfTheyWereRepeated) {
+  const Heads grouped{4, 2, 5}, repeated{4, 4, 5};
+  const auto sample = random_sample<double>(grouped, 33, 11);
+  EXPECT_TRUE(same_bits(run_forward(nystrom(grouped, 5), sample),
+                        run_forward(nystrom(repeated, 5), repeat_key_heads(grouped, sample))));
+}
+
+TEST(Nystrom, DoesNotDependOnThreads) {
+  const Heads heads{3, 1, 8};
+  const auto sample = random_sample<float>(heads, 4500, 12);
+  const Nystrom<float> attention(heads, {.landmarks = 16});
+  const Matrix<float> out = run_forward(attention, sample, 1);
+  for (const int threads : {2, 3, 8}) EXPECT_TRUE(same_bits(run_forward(attention, sample, threads), out));
+}
+
+TEST(Nystrom, TakesRowsThatLieApart) {
+  const Heads heads{2, 1, 5};
+  const auto sample = random_sample<float>(heads, 21, 13);
+  Scattered query(sample.query), key(sample.key), value(sample.value), out(Matrix<float>(21, 10));
+  const Nystrom<float> attention(heads, {.landmarks = 4});
+  attention.forward({query.view(), key.view(), value.view()}, out.view());
+  EXPECT_TRUE(same_bits(out.view(), run_forward(attention, sample)));
+  EXPECT_TRUE(out.is_intact());
+}
+
+TEST(Nystrom, SavesTheSameOutThatItGives) {
+  const Heads heads{2, 1, 5};
+  const auto sample = random_sample<float>(heads, 30, 14);
+  const Nystrom<float> attention(heads, {.landmarks = 4});
+  Matrix<float> out(30, 10);
+  Nystrom<float>::Saved saved;
+  attention.forward(sample.inputs(), out, saved);
+  EXPECT_TRUE(same_bits(out, run_forward(attention, sample)));
+}
+
+TEST(Nystrom, InFloatIsCloseToDouble) {
+  const Heads heads{2, 2, 32};
+  const auto sample = random_sample<float>(heads, 600, 15);
+  const Nystrom<float> attention(heads, {.landmarks = 4});
+  EXPECT_TRUE(close(run_forward(attention, sample), run_forward(nystrom(heads, 4), cast<double>(sample)), 1e-5));
+}
+
+std::string message(const Heads& heads, const NystromOptions& options) {
+  try {
+    Nystrom<float> attention(heads, options);
+  } catch (const std::invalid_argument& error) {
+    return error.what();
+  }
+  return "no error";
+}
+
+TEST(Nystrom, RefusesBadOptions) {
+  const Heads heads{2, 1, 4};
+  EXPECT_EQ(message(heads, {.landmarks = 0}), "nearfar::Nystrom: landmarks must be at least 1, but is 0.");
+  EXPECT_EQ(message(heads, {.tolerance = 1.0}),
+            "nearfar::Nystrom: tolerance must be 0 or more and less than 1, but is 1.000000.");
+  EXPECT_EQ(message(heads, {.scale = -1.0}), "nearfar::Nystrom: scale must be positive and finite, but is -1.000000.");
+}
+
+TEST(Nystrom, RefusesQueriesThatAreNotTheKeysTokens) {
+  const Heads heads{1, 1, 4};
+  const auto sample = random_sample<float>(heads, 5, 16, 6);
+  try {
+    run_forward(Nystrom<float>(heads), sample);
+    FAIL() << "no error";
+  } catch (const std::invalid_argument& error) {
+    EXPECT_STREQ(error.what(), "nearfar::Nystrom: query and key must have the same rows, but have 5 and 6.");
+  }
+}
+
+}  // namespace
+}  // namespace nearfar::test
