@@ -1,8 +1,11 @@
 #pragma once
 
+#include <nearfar/detail/lookahead.hpp>
 #include <nearfar/engine/microkernel.hpp>
 
 #include <algorithm>
+#include <array>
+#include <cstddef>
 #include <type_traits>
 
 namespace nearfar {
@@ -45,16 +48,17 @@ struct RunningSums {
   NEARFAR_INLINE void add(Index at, const Packet<T>& sum) const {
     const Packet<T> updated = padd(ploadu<Packet<T>>(local + at), sum);
     pstoreu(local + at, updated);
-    pstoreu(running + at, padd(ploadu<Packet<T>>(past + at), updated));
+    pstoreu(running + at, padd(ploadu<Packet<T>>(running + at), sum));
   }
 
   /// Adds sum_j key_j^T value_j (dim x cols) over `count` tokens.
-  void add_products(const T* key, Index key_stride, Index dim, const T* value, Index cols, Index count) const {
+  void add_products(const T* key, Index key_stride, Index dim, const T* value, Index cols, Index count,
+                    Lookahead& ahead) const {
     for_each_panel<T>(cols, [&](auto vectors, Index c) {
       multiply<decltype(vectors)::value>(
           Broadcast<T>{key, 1, key_stride}, dim, value + c, cols, count,
           [](Index, int) { return pset1<Packet<T>>(T(0)); },
-          [&](Index a, int v, const Packet<T>& sum) { add(a * cols + c + v * lanes<T>, sum); });
+          [&](Index a, int v, const Packet<T>& sum) { add(a * cols + c + v * lanes<T>, sum); }, [&] { ahead.step(); });
     });
   }
 
@@ -76,7 +80,7 @@ struct RunningSums {
 /// scores up to row_sum[i] unless that is null.
 template <class T>
 void chunk_scores(const T* query, Index queries, const T* key, Index key_stride, Index keys, Index dim, T* scores,
-                  T* row_sum) {
+                  T* row_sum, Lookahead& ahead) {
   for_each_panel<T>(round_up(queries, lanes<T>), [&](auto vectors, Index i) {
     constexpr int count = decltype(vectors)::value;
     Packet<T> sum[count];
@@ -91,7 +95,8 @@ void chunk_scores(const T* query, Index queries, const T* key, Index key_stride,
           const Packet<T> score = j <= first ? product : pselect(earlier, zero, product);
           sum[v] = padd(sum[v], score);
           pstoreu(scores + j * chunk_tokens + first, score);
-        });
+        },
+        [&] { ahead.step(); });
     if (row_sum == nullptr) return;
     for (int v = 0; v < count; ++v) {
       T* at = row_sum + i + v * lanes<T>;
@@ -110,33 +115,40 @@ void past_row_sums(const T* query, Index queries, const T* key_sum, Index dim, T
   });
 }
 
-/// out_i += query_i state + sum_{j <= i} scores[j][i] value_j for `queries` rows of `cols` columns; `keys` of them have
-/// a key and value beside them in the chunk.
+/// out_i = query_i state + sum_{j <= i} scores[j][i] value_j, or `add` that to out_i, for `queries` rows of `cols`
+/// columns; `keys` of them have a key and value beside them in the chunk.
 template <class T>
 void chunk_attend(const T* query, Index queries, Index dim, const T* state, const T* scores, const T* value, Index keys,
-                  T* out, Index cols) {
-  for_each_panel<T>(cols, [&](auto vectors, Index c) {
-    constexpr int count = decltype(vectors)::value;
-    constexpr Index rows = tile_rows<count>;
-    for (Index first = 0; first < queries; first += rows) {
-      const Index tile = std::min(rows, queries - first);
-      const auto load = [&](Index r, int v) { return ploadu<Packet<T>>(out + (first + r) * cols + c + v * lanes<T>); };
-      const auto store = [&](Index r, int v, const Packet<T>& sum) {
-        pstoreu(out + (first + r) * cols + c + v * lanes<T>, sum);
-      };
-      multiply<count>(Broadcast<T>{query + first, 1, chunk_tokens}, tile, state + c, cols, dim, load, store);
-      if (keys == 0) continue;
-      // Keys before the tile are seen by all of its queries; those beside it each by the queries from its own on.
-      const Index before = std::min(first, keys);
-      multiply<count>(Broadcast<T>{scores + first, 1, chunk_tokens}, tile, value + c, cols, before, load,
-                      [&](Index r, int v, Packet<T> sum) {
-                        for (Index j = before; j < std::min(first + r + 1, keys); ++j) {
-                          sum = pmadd(pset1<Packet<T>>(scores[j * chunk_tokens + first + r]),
-                                      ploadu<Packet<T>>(value + j * cols + c + v * lanes<T>), sum);
-                        }
-                        store(r, v, sum);
-                      });
-    }
+                  T* out, Index cols, bool add, Lookahead& ahead) {
+  for_each_panel<T>(cols, [&](auto vectors, Index column) {
+    constexpr int width = decltype(vectors)::value;
+    for_each_tile<width>(queries, [&](auto tile, Index first) {
+      constexpr int count = decltype(tile)::value;
+      Packet<T> c[count][width];
+      NEARFAR_UNROLL for (int r = 0; r < count; ++r) {
+        NEARFAR_UNROLL for (int v = 0; v < width; ++v) {
+          c[r][v] = add ? ploadu<Packet<T>>(out + (first + r) * cols + column + v * lanes<T>) : pset1<Packet<T>>(T(0));
+        }
+      }
+      multiply_add(c, Broadcast<T>{query + first, 1, chunk_tokens}, state + column, cols, dim, [&] { ahead.step(); });
+      // Keys before the tile are seen by all of its queries, those beside it by the queries from their own on.
+      multiply_add(c, Broadcast<T>{scores + first, 1, chunk_tokens}, value + column, cols, std::min(first, keys));
+      NEARFAR_UNROLL for (int j = 0; j < count; ++j) {
+        if (first + j >= keys) break;
+        const T* score = scores + (first + j) * chunk_tokens + first;
+        const T* row = value + (first + j) * cols + column;
+        NEARFAR_UNROLL for (int r = j; r < count; ++r) {
+          NEARFAR_UNROLL for (int v = 0; v < width; ++v) {
+            c[r][v] = pmadd(pset1<Packet<T>>(score[r]), ploadu<Packet<T>>(row + v * lanes<T>), c[r][v]);
+          }
+        }
+      }
+      NEARFAR_UNROLL for (int r = 0; r < count; ++r) {
+        NEARFAR_UNROLL for (int v = 0; v < width; ++v) {
+          pstoreu(out + (first + r) * cols + column + v * lanes<T>, c[r][v]);
+        }
+      }
+    });
   });
 }
 

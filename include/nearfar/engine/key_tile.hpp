@@ -31,11 +31,10 @@ class KeyTile {
   Index count() const { return count_; }
   bool full() const { return count_ == capacity; }
 
-  void clear() {
-    count_ = 0;
-    next_key_ = {};
-    next_value_ = {};
-  }
+  void clear() { count_ = 0; }
+
+  /// Keeps the first `count` keys.
+  void truncate(Index count) { count_ = count; }
 
   /// Copies one more key, which stands at `position` in its sequence. Positions increase from key to key.
   template <class Storage>
@@ -45,19 +44,6 @@ class KeyTile {
     bias_[count_] = bias;
     position_[count_] = position;
     ++count_;
-  }
-
-  /// Says where the rows of the next tile lie, so that they are fetched while this one is attended to.
-  template <class Storage>
-  void announce(Tokens<const Storage> key, Tokens<const Storage> value) {
-    next_key_ = Upcoming(key);
-    next_value_ = Upcoming(value);
-  }
-
-  /// Fetches of row j of the next tile the share that falls to one part of `parts`.
-  NEARFAR_INLINE void fetch_next(Index j, Index part, Index parts) const {
-    next_key_.fetch(j, part, parts);
-    next_value_.fetch(j, part, parts);
   }
 
   /// The keys that stand in a range of positions, as a range of places in this tile.
@@ -73,28 +59,6 @@ class KeyTile {
   Index position(Index j) const { return position_[j]; }
 
  private:
-  struct Upcoming {
-    Upcoming() = default;
-
-    template <class Storage>
-    explicit Upcoming(Tokens<const Storage> tokens)
-        : data(reinterpret_cast<const char*>(tokens.data())),
-          rows(tokens.rows()),
-          stride(tokens.stride() * Index{sizeof(Storage)}),
-          bytes(tokens.cols() * Index{sizeof(Storage)}) {}
-
-    NEARFAR_INLINE void fetch(Index j, Index part, Index parts) const {
-      if (j >= rows) return;
-      constexpr Index line = 64;
-      for (Index byte = part * line; byte < bytes; byte += parts * line) prefetch(data + j * stride + byte);
-    }
-
-    const char* data = nullptr;
-    Index rows = 0;
-    Index stride = 0;
-    Index bytes = 0;
-  };
-
   template <class Storage>
   NEARFAR_INLINE static void copy(const Storage* from, Index count, T* to) {
     Index c = 0;
@@ -111,8 +75,6 @@ class KeyTile {
   T* bias_;
   Index* position_;
   Index count_ = 0;
-  Upcoming next_key_;
-  Upcoming next_value_;
 };
 
 }  // namespace detail

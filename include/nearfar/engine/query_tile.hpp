@@ -1,5 +1,6 @@
 #pragma once
 
+#include <nearfar/detail/lookahead.hpp>
 #include <nearfar/engine/key_tile.hpp>
 #include <nearfar/engine/microkernel.hpp>
 #include <nearfar/mask.hpp>
@@ -57,9 +58,13 @@ class QueryTile {
   void visit(const KeyTile<T>& keys, const Band& band) {
     for (Index p = 0; p < panels(); ++p) {
       const Index query = first_ + p * width;
-      const Range any = keys.within(band.seen_by_any(query, in_panel(p)));
+      Range any = keys.within(band.seen_by_any(query, in_panel(p)));
       if (any.count() == 0) continue;
+      // Ends that fall between register tiles move outward, to keys that the mask hides, or inward.
+      constexpr Index step = tile_rows<Vectors>;
+      any = {any.first / 4 * 4, std::min(round_up(any.end, 4), keys.count())};
       Range all = keys.within(band.seen_by_all(query, in_panel(p)));
+      all = {std::min(round_up(all.first, step), any.end), all.end == keys.count() ? all.end : all.end / step * step};
       if (all.count() == 0) all = {any.end, any.end};
       const auto hide = [&](Index j, int v, const Packet<T>& product) {
         // Key j is seen by the queries of a range, that is by the lanes between its ends.
@@ -108,6 +113,9 @@ class QueryTile {
     }
   }
 
+  /// What the next visit will read, fetched during this one.
+  Lookahead& lookahead() { return lookahead_; }
+
   Index panels() const { return (count_ + width - 1) / width; }
   Index in_panel(Index p) const { return std::min(width, count_ - p * width); }
 
@@ -131,7 +139,7 @@ class QueryTile {
     multiply<Vectors>(
         keys.key().rows_from(range.first), range.count(), query(p), width, dim_,
         [&](Index j, int v) {
-          if (v == 0) keys.fetch_next(range.first + j, p, panels());
+          if (v == 0) lookahead_.step();
           return pset1<Packet<T>>(keys.bias(range.first + j));
         },
         [&](Index j, int v, const Packet<T>& product) {
@@ -168,6 +176,7 @@ class QueryTile {
   T* query_;
   T* state_;
   T* scores_;
+  Lookahead lookahead_;
 };
 
 }  // namespace detail

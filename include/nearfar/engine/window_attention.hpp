@@ -31,17 +31,31 @@ void window_attention_in_panels(Work& work, const Heads& heads, Window window, d
 
     QueryTile<T, Vectors> queries(scratch, tile.count, dim, value_dim);
     KeyTile<T> keys(scratch, dim, value_dim);
-    queries.load(inputs.query.row(rows.query_begin + tile.first) + head * dim, inputs.query.stride(), tile.first,
-                 tile.count, T(scale) * log2_e<T>);
+    const Tokens query =
+        inputs.query.middle_rows(rows.query_begin + tile.first, tile.count).middle_cols(head * dim, dim);
+    queries.load(query.data(), query.stride(), tile.first, tile.count, T(scale) * log2_e<T>);
     const Tokens key = inputs.key.middle_rows(rows.key_begin, rows.key_count).middle_cols(key_head * dim, dim);
     const Tokens value =
         inputs.value.middle_rows(rows.key_begin, rows.key_count).middle_cols(key_head * value_dim, value_dim);
-    const Range seen = band.seen_by_any(tile.first, tile.count);
+    Range seen = band.seen_by_any(tile.first, tile.count);
+    seen.first = seen.first / 16 * 16;
     for (Index j = seen.first; j < seen.end; ++j) {
       if (mask == nullptr || mask[j] != 0) keys.append(key.row(j), value.row(j), j);
       if (keys.full() || j + 1 == seen.end) {
-        const Index ahead = std::min(seen.end - (j + 1), KeyTile<T>::capacity);
-        keys.announce(key.middle_rows(j + 1, ahead), value.middle_rows(j + 1, ahead));
+        Lookahead& ahead = queries.lookahead();
+        ahead.clear();
+        const Index next = std::min(seen.end - (j + 1), KeyTile<T>::capacity);
+        if (next > 0) {
+          ahead.add(key.row(j + 1), key.stride(), next, dim);
+          ahead.add(value.row(j + 1), value.stride(), next, value_dim);
+        } else if (head + 1 < heads.query) {
+          // The next task is likely this tile's next head.
+          const Index columns = (head + 1) % heads.group() == 0 ? dim : 0;
+          const Index first = std::min(seen.count(), KeyTile<T>::capacity);
+          ahead.add(key.row(seen.first) + columns, key.stride(), first, dim);
+          ahead.add(value.row(seen.first) + columns / dim * value_dim, value.stride(), first, value_dim);
+          ahead.add(query.data() + dim, query.stride(), query.rows(), dim);
+        }
         queries.visit(keys, band);
         keys.clear();
       }

@@ -1,0 +1,68 @@
+#pragma once
+
+#include <nearfar/detail/simd.hpp>
+
+#include <array>
+#include <cstddef>
+
+namespace nearfar {
+inline namespace NEARFAR_VERSION_NAMESPACE {
+namespace detail {
+
+/// Rows that the next piece of work will read, fetched into the cache line by line while this one computes. A burst of
+/// fetches would stall, so each step, of which a product takes many, fetches two lines.
+class Lookahead {
+ public:
+  void clear() { regions_ = current_ = 0, at_ = end_ = nullptr, rows_ = 0; }
+
+  template <class T>
+  void add(const T* data, Index stride, Index rows, Index cols) {
+    if (rows <= 0) return;
+    region_[static_cast<std::size_t>(regions_++)] = {reinterpret_cast<const char*>(data), stride * Index{sizeof(T)},
+                                                     rows, cols * Index{sizeof(T)}};
+    if (rows_ == 0) open(regions_ - 1);
+  }
+
+  NEARFAR_INLINE void step() {
+    if (rows_ == 0) return;
+    prefetch_far(at_);
+    prefetch_far(at_ + line);
+    at_ += 2 * line;
+    if (at_ >= end_) {
+      at_ = row_ += stride_;
+      end_ += stride_;
+      if (--rows_ == 0 && current_ + 1 < regions_) open(current_ + 1);
+    }
+  }
+
+ private:
+  static constexpr Index line = 64;
+  struct Region {
+    const char* data;
+    Index stride;
+    Index rows;
+    Index bytes;
+  };
+
+  void open(int region) {
+    current_ = region;
+    const Region& r = region_[static_cast<std::size_t>(region)];
+    row_ = at_ = r.data;
+    end_ = r.data + r.bytes;
+    stride_ = r.stride;
+    rows_ = r.rows;
+  }
+
+  std::array<Region, 4> region_{};
+  int regions_ = 0;
+  int current_ = 0;
+  const char* row_ = nullptr;
+  const char* at_ = nullptr;
+  const char* end_ = nullptr;
+  Index stride_ = 0;
+  Index rows_ = 0;
+};
+
+}  // namespace detail
+}  // namespace NEARFAR_VERSION_NAMESPACE
+}  // namespace nearfar
