@@ -1,0 +1,144 @@
+#include "subjects/properties.hpp"
+
+#include <atomic>
+#include <cstdlib>
+#include <new>
+
+// A second call of the same shapes allocates nothing: neither by operator new nor by Eigen's own way to memory.
+
+namespace {
+
+std::atomic<long> allocations{0};
+
+}  // namespace
+
+#ifdef __GLIBC__
+
+// Both end in the C library's functions, which a program may replace.
+extern "C" {
+
+void* __libc_malloc(std::size_t);
+void* __libc_calloc(std::size_t, std::size_t);
+void* __libc_realloc(void*, std::size_t);
+void* __libc_memalign(std::size_t, std::size_t);
+
+void* malloc(std::size_t bytes) {
+  ++allocations;
+  return __libc_malloc(bytes);
+}
+void* calloc(std::size_t count, std::size_t bytes) {
+  ++allocations;
+  return __libc_calloc(count, bytes);
+}
+void* realloc(void* memory, std::size_t bytes) {
+  ++allocations;
+  return __libc_realloc(memory, bytes);
+}
+void* aligned_alloc(std::size_t alignment, std::size_t bytes) {
+  ++allocations;
+  return __libc_memalign(alignment, bytes);
+}
+int posix_memalign(void** memory, std::size_t alignment, std::size_t bytes) {
+  ++allocations;
+  *memory = __libc_memalign(alignment, bytes);
+  return *memory == nullptr ? ENOMEM : 0;
+}
+}
+
+#else
+
+void* operator new(std::size_t bytes) {
+  ++allocations;
+  if (void* memory = std::malloc(bytes == 0 ? 1 : bytes)) return memory;
+  throw std::bad_alloc();
+}
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
+
+#endif
+
+namespace nearfar::test {
+namespace {
+
+template <class Action>
+long allocations_of(Action&& action) {
+  const long before = allocations;
+  action();
+  return allocations - before;
+}
+
+TEST(AllocationCount, SeesEveryWayToMemory) {
+  static void* volatile keep;
+  EXPECT_GT(allocations_of([] {
+              keep = ::operator new(100);
+              ::operator delete(keep);
+            }),
+            0);
+#ifdef __GLIBC__
+  struct alignas(64) Line {
+    char bytes[64];
+  };
+  EXPECT_GT(allocations_of([] {
+              auto* line = new Line;
+              keep = line;
+              delete line;
+            }),
+            0);
+  EXPECT_GT(allocations_of([] {
+              Eigen::MatrixXd matrix(9, 9);
+              keep = matrix.data();
+            }),
+            0);
+#endif
+}
+
+class Allocation : public Property {
+ protected:
+  template <class T>
+  static Sample<T> batch() {
+    std::vector<Sample<T>> sequences;
+    for (const Index n : {300, 0, 77}) sequences.push_back(masked_sample<T>(n, 900 + sequences.size()));
+    return pack<T>(sequences);
+  }
+};
+
+INSTANTIATE_TEST_SUITE_P(All, Allocation, ::testing::ValuesIn(subject_cases()), subject_name);
+
+TEST_P(Allocation, SecondForwardOfTheSameShapesMakesNone) {
+  in_each_scalar([]<class T>(T) {
+    const auto subject = make<T>();
+    const auto sample = batch<T>();
+    Matrix<T> out(sample.query.rows(), grouped_heads().out_cols());
+    const Inputs<T> inputs = sample.inputs();
+    for (const int threads : {1, 3}) {
+      Context context(threads);
+      subject->forward(inputs, out, context);
+      for (int repeat = 0; repeat < 3; ++repeat) {
+        EXPECT_EQ(allocations_of([&] { subject->forward(inputs, out, context); }), 0) << threads << " threads";
+      }
+    }
+  });
+}
+
+TEST_P(Allocation, SecondTrainingStepOfTheSameShapesMakesNone) {
+  if (!make<double>()->can_be_trained()) GTEST_SKIP() << "no backward pass";
+  in_each_scalar([]<class T>(T) {
+    const auto subject = make<T>();
+    const auto sample = batch<T>();
+    const Matrix<T> grad_out = Random(910).matrix<T>(sample.query.rows(), grouped_heads().out_cols());
+    Matrix<T> out = grad_out, query = sample.query, key = sample.key, value = sample.value;
+    const Inputs<T> inputs = sample.inputs();
+    const InputGradients<T> gradients{query, key, value};
+    for (const int threads : {1, 3}) {
+      Context context(threads);
+      subject->train(inputs, out, grad_out, gradients, context);
+      for (int repeat = 0; repeat < 3; ++repeat) {
+        EXPECT_EQ(allocations_of([&] { subject->train(inputs, out, grad_out, gradients, context); }), 0)
+            << threads << " threads";
+      }
+    }
+  });
+}
+
+}  // namespace
+}  // namespace nearfar::test

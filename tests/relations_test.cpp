@@ -1,0 +1,68 @@
+#include <nearfar/banded.hpp>
+#include <nearfar/multipole.hpp>
+#include <nearfar/nystrom.hpp>
+#include <nearfar/softmax.hpp>
+
+#include "support/compare.hpp"
+#include "support/sample.hpp"
+
+// Where one mechanism's options make it another.
+
+namespace nearfar::test {
+namespace {
+
+const Heads heads{.query = 4, .key_value = 2, .dim = 7};
+
+Sample<double> masked_sample(Index n) {
+  auto sample = random_sample<double>(heads, n, 1);
+  sample.key_mask = Random(2).mask(n, 0.2);
+  return sample;
+}
+
+Matrix<double> softmax(const Sample<double>& sample, bool causal) {
+  return run_forward(Softmax<double>(heads, {.causal = causal}), sample);
+}
+
+class Relations : public ::testing::TestWithParam<bool> {};
+
+INSTANTIATE_TEST_SUITE_P(Both, Relations, ::testing::Bool(),
+                         [](const auto& causal) { return causal.param ? "causal" : "bidirectional"; });
+
+TEST_P(Relations, BandedIsSoftmaxWhereTheWindowHoldsTheSequence) {
+  for (const Index n : {1, 2, 40, 131}) {
+    const auto sample = masked_sample(n);
+    for (const Index side : {n - 1, n, 5 * n, Window::unlimited}) {
+      const Banded<double> banded(heads, {.window = {side, side}, .causal = GetParam()});
+      EXPECT_TRUE(close(run_forward(banded, sample), softmax(sample, GetParam()), 1e-13)) << n << ", " << side;
+    }
+  }
+}
+
+TEST_P(Relations, MultipoleIsSoftmaxWhereABlockHoldsTheSequence) {
+  for (const Index n : {1, 5, 64}) {
+    const auto sample = masked_sample(n);
+    for (const Index block : {n, n + 1, 4 * n}) {
+      const Multipole<double> multipole(heads, {.block = block, .rank = 1, .causal = GetParam()});
+      EXPECT_TRUE(close(run_forward(multipole, sample), softmax(sample, GetParam()), 1e-13)) << n << ", " << block;
+    }
+  }
+}
+
+// Two or four blocks have at most one level, whose groups are blocks, whose pooled keys at full rank are the keys.
+TEST_P(Relations, MultipoleIsSoftmaxWhereOneLevelHasFullRank) {
+  for (const Index n : {17, 30, 32}) {
+    const auto sample = masked_sample(n);
+    const Multipole<double> multipole(heads, {.block = 8, .rank = 8, .causal = GetParam()});
+    EXPECT_TRUE(close(run_forward(multipole, sample), softmax(sample, GetParam()), 1e-13)) << n;
+  }
+}
+
+TEST(Relations, NystromIsSoftmaxWhereEveryTokenIsALandmark) {
+  const auto sample = random_sample<double>(heads, 9, 3);
+  const Nystrom<double> nystrom(heads, {.landmarks = 9, .scale = 3});
+  const Softmax<double> exact(heads, {.scale = 3});
+  EXPECT_TRUE(close(run_forward(nystrom, sample), run_forward(exact, sample), 1e-10));
+}
+
+}  // namespace
+}  // namespace nearfar::test
