@@ -14,6 +14,9 @@
 #include <nearfar/softmax.hpp>         // exact
 #include <nearfar/banded.hpp>          // near field: a window
 #include <nearfar/linear.hpp>          // far field: feature maps
+#include <nearfar/nystrom.hpp>         // far field: landmarks
 #include <nearfar/additive.hpp>        // one global query, one global key
 #include <nearfar/multipole.hpp>       // near blocks one by one, far groups pooled
+
+#include <nearfar/any_attention.hpp>   // any of them, chosen by a line of text
 // clang-format on
