@@ -2,6 +2,7 @@
 
 #include <nearfar/detail/checks.hpp>
 #include <nearfar/engine/window_attention.hpp>
+#include <nearfar/engine/window_gradient.hpp>
 
 #include <optional>
 
@@ -43,9 +44,7 @@ class Banded {
   explicit Banded(const Heads& heads, const Options& options = {}) : heads_(heads), options_(options) {
     detail::check_heads(name, heads);
     detail::check_scale(name, options.scale);
-    detail::require(options.window.left >= 0, name, "window.left must be 0 or more, but is ", options.window.left, ".");
-    detail::require(options.window.right >= 0, name, "window.right must be 0 or more, but is ", options.window.right,
-                    ".");
+    detail::check_window(name, options.window);
   }
 
   const Heads& heads() const { return heads_; }
@@ -64,13 +63,27 @@ class Banded {
     attend(inputs, out, saved.log_sum_exp.data(), context);
   }
 
+  void backward(const Inputs<T>& inputs, Tokens<const T> out, const Saved& saved, Tokens<const T> grad_out,
+                const InputGradients<T>& grad_inputs, Parameters&, Context& context = default_context()) const {
+    detail::check_inputs<T>(name, heads_, inputs, out, detail::Lengths::any);
+    detail::check_gradients<T>(name, heads_, inputs, grad_out, grad_inputs);
+    detail::check_saved(name, "log_sum_exp", saved.log_sum_exp, heads_.query, inputs.query.rows());
+    detail::Work work(context);
+    auto* delta = work.take<Accumulator<T>>(heads_.query * inputs.query.rows());
+    detail::softmax_delta(work, heads_, out, grad_out, delta);
+    detail::window_gradient(work, heads_, window(), detail::scale_or_default(options_.scale, heads_), inputs,
+                            saved.log_sum_exp.data(), grad_out, delta, grad_inputs);
+  }
+
  private:
   static constexpr const char* name = "Banded";
 
+  Window window() const { return options_.causal ? options_.window.causal() : options_.window; }
+
   void attend(const Inputs<T>& inputs, Tokens<T> out, T* log_sum_exp, Context& context) const {
     detail::Work work(context);
-    detail::window_attention(work, heads_, options_.causal ? options_.window.causal() : options_.window,
-                             detail::scale_or_default(options_.scale, heads_), inputs, out, log_sum_exp);
+    detail::window_attention(work, heads_, window(), detail::scale_or_default(options_.scale, heads_), inputs, out,
+                             log_sum_exp);
   }
 
   Heads heads_;

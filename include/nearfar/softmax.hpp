@@ -2,6 +2,7 @@
 
 #include <nearfar/detail/checks.hpp>
 #include <nearfar/engine/window_attention.hpp>
+#include <nearfar/engine/window_gradient.hpp>
 
 #include <optional>
 
@@ -58,13 +59,27 @@ class Softmax {
     attend(inputs, out, saved.log_sum_exp.data(), context);
   }
 
+  void backward(const Inputs<T>& inputs, Tokens<const T> out, const Saved& saved, Tokens<const T> grad_out,
+                const InputGradients<T>& grad_inputs, Parameters&, Context& context = default_context()) const {
+    detail::check_inputs<T>(name, heads_, inputs, out, detail::Lengths::any);
+    detail::check_gradients<T>(name, heads_, inputs, grad_out, grad_inputs);
+    detail::check_saved(name, "log_sum_exp", saved.log_sum_exp, heads_.query, inputs.query.rows());
+    detail::Work work(context);
+    auto* delta = work.take<Accumulator<T>>(heads_.query * inputs.query.rows());
+    detail::softmax_delta(work, heads_, out, grad_out, delta);
+    detail::window_gradient(work, heads_, window(), detail::scale_or_default(options_.scale, heads_), inputs,
+                            saved.log_sum_exp.data(), grad_out, delta, grad_inputs);
+  }
+
  private:
   static constexpr const char* name = "Softmax";
 
+  Window window() const { return options_.causal ? Window{}.causal() : Window{}; }
+
   void attend(const Inputs<T>& inputs, Tokens<T> out, T* log_sum_exp, Context& context) const {
     detail::Work work(context);
-    detail::window_attention(work, heads_, options_.causal ? Window{}.causal() : Window{},
-                             detail::scale_or_default(options_.scale, heads_), inputs, out, log_sum_exp);
+    detail::window_attention(work, heads_, window(), detail::scale_or_default(options_.scale, heads_), inputs, out,
+                             log_sum_exp);
   }
 
   Heads heads_;

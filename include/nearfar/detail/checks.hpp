@@ -1,6 +1,6 @@
 #pragma once
 
-#include <nearfar/attention.hpp>
+#include <nearfar/mask.hpp>
 
 #include <cmath>
 #include <limits>
@@ -50,6 +50,11 @@ inline void check_equal_widths(std::string_view mechanism, const Heads& heads) {
 inline void check_scale(std::string_view mechanism, const std::optional<double>& scale) {
   require(!scale || (*scale > 0 && *scale < std::numeric_limits<double>::infinity()), mechanism,
           "scale must be positive and finite, but is ", scale.value_or(0), ".");
+}
+
+inline void check_window(std::string_view mechanism, const Window& window) {
+  require(window.left >= 0, mechanism, "window.left must be 0 or more, but is ", window.left, ".");
+  require(window.right >= 0, mechanism, "window.right must be 0 or more, but is ", window.right, ".");
 }
 
 template <class Scalar>
@@ -109,6 +114,24 @@ void check_inputs(std::string_view mechanism, const Heads& heads, const Inputs<S
               inputs.key_offsets[b], ".");
     }
   }
+}
+
+/// Gradients of the shapes of what they belong to.
+template <class Scalar>
+void check_gradients(std::string_view mechanism, const Heads& heads, const Inputs<Scalar>& inputs,
+                     Tokens<const Scalar> grad_out, const InputGradients<Scalar>& gradients) {
+  check_shape(mechanism, "grad_out", grad_out, inputs.query.rows(), heads.out_cols(), "query", "its heads");
+  check_shape(mechanism, "grad_query", gradients.query, inputs.query.rows(), heads.query_cols(), "query", "its heads");
+  check_shape(mechanism, "grad_key", gradients.key, inputs.key.rows(), heads.key_cols(), "key", "its heads");
+  check_shape(mechanism, "grad_value", gradients.value, inputs.key.rows(), heads.value_cols(), "key", "its heads");
+}
+
+/// What forward saved for these inputs, and not for others.
+template <class Scalar>
+void check_saved(std::string_view mechanism, std::string_view name, const Matrix<Scalar>& saved, Index rows,
+                 Index cols) {
+  require(saved.rows() == rows && saved.cols() == cols, mechanism, "saved.", name, " is ", saved.rows(), " x ",
+          saved.cols(), ", but these inputs need ", rows, " x ", cols, ": save it by a forward pass over them.");
 }
 
 /// 1 / sqrt(dim) unless given.

@@ -25,13 +25,11 @@ namespace detail {
 /// Tokens a chunk: twice as many would spend more on the pairs within a chunk than they save on states.
 inline constexpr Index chunk_tokens = 64;
 
-/// Calls visit(std::integral_constant<int, Vectors>, first) for the panels, of two vectors and at last perhaps one,
-/// that cover `cols` columns, a multiple of lanes<T>.
-template <class T, class Visit>
-NEARFAR_INLINE void for_each_panel(Index cols, Visit&& visit) {
-  Index c = 0;
-  for (; c + 2 * lanes<T> <= cols; c += 2 * lanes<T>) visit(std::integral_constant<int, 2>{}, c);
-  if (c < cols) visit(std::integral_constant<int, 1>{}, c);
+/// Spreads the steps of a lookahead over the inner steps of products.
+NEARFAR_INLINE auto pace(Lookahead& ahead) {
+  return [&ahead](Index k) {
+    if (k % 3 == 0) ahead.step();
+  };
 }
 
 /// Sums over all tokens so far: running = past + local, where `past` was summed before the segment of tokens at hand
@@ -58,7 +56,7 @@ struct RunningSums {
       multiply<decltype(vectors)::value>(
           Broadcast<T>{key, 1, key_stride}, dim, value + c, cols, count,
           [](Index, int) { return pset1<Packet<T>>(T(0)); },
-          [&](Index a, int v, const Packet<T>& sum) { add(a * cols + c + v * lanes<T>, sum); }, [&] { ahead.step(); });
+          [&](Index a, int v, const Packet<T>& sum) { add(a * cols + c + v * lanes<T>, sum); }, pace(ahead));
     });
   }
 
@@ -96,7 +94,7 @@ void chunk_scores(const T* query, Index queries, const T* key, Index key_stride,
           sum[v] = padd(sum[v], score);
           pstoreu(scores + j * chunk_tokens + first, score);
         },
-        [&] { ahead.step(); });
+        pace(ahead));
     if (row_sum == nullptr) return;
     for (int v = 0; v < count; ++v) {
       T* at = row_sum + i + v * lanes<T>;
@@ -130,7 +128,7 @@ void chunk_attend(const T* query, Index queries, Index dim, const T* state, cons
           c[r][v] = add ? ploadu<Packet<T>>(out + (first + r) * cols + column + v * lanes<T>) : pset1<Packet<T>>(T(0));
         }
       }
-      multiply_add(c, Broadcast<T>{query + first, 1, chunk_tokens}, state + column, cols, dim, [&] { ahead.step(); });
+      multiply_add(c, Broadcast<T>{query + first, 1, chunk_tokens}, state + column, cols, dim, pace(ahead));
       // Keys before the tile are seen by all of its queries, those beside it by the queries from their own on.
       multiply_add(c, Broadcast<T>{scores + first, 1, chunk_tokens}, value + column, cols, std::min(first, keys));
       NEARFAR_UNROLL for (int j = 0; j < count; ++j) {

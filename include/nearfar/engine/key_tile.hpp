@@ -53,8 +53,12 @@ class KeyTile {
     return {std::lower_bound(begin, end, positions.first) - begin, std::lower_bound(begin, end, positions.end) - begin};
   }
 
-  Broadcast<T> key() const { return {key_, dim_, 1}; }
+  /// The keys and values from place `first` on, key by key or feature by feature.
+  Broadcast<T> key(Index first) const { return {key_ + first * dim_, dim_, 1}; }
+  Broadcast<T> key_transposed(Index first) const { return {key_ + first * dim_, 1, dim_}; }
+  Broadcast<T> value(Index first) const { return {value_ + first * value_dim_, value_dim_, 1}; }
   Broadcast<T> value_transposed(Index first) const { return {value_ + first * value_dim_, 1, value_dim_}; }
+
   T bias(Index j) const { return bias_[j]; }
   Index position(Index j) const { return position_[j]; }
 

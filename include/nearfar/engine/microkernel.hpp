@@ -2,6 +2,8 @@
 
 #include <nearfar/detail/simd.hpp>
 
+#include <type_traits>
+
 namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
 namespace detail {
@@ -40,30 +42,51 @@ NEARFAR_INLINE void for_each_tile(Index rows, Visit&& visit) {
   if (r < rows) visit(std::integral_constant<int, 1>{}, r);
 }
 
+/// Calls visit(std::integral_constant<int, Vectors>, first) for the panels, of two vectors and at last perhaps one,
+/// that cover `cols` columns, a multiple of lanes<T>.
+template <class T, class Visit>
+NEARFAR_INLINE void for_each_panel(Index cols, Visit&& visit) {
+  Index c = 0;
+  for (; c + 2 * lanes<T> <= cols; c += 2 * lanes<T>) visit(std::integral_constant<int, 2>{}, c);
+  if (c < cols) visit(std::integral_constant<int, 1>{}, c);
+}
+
+/// What an inner step does besides: nothing, or fetching a line of what will be read next.
+struct Nothing {
+  NEARFAR_INLINE void operator()(Index) const {}
+};
+
+/// C += A B for one register tile: A is Rows x depth, B is depth x (Vectors * lanes<T>) with row stride b_stride. Each
+/// number of A meets Vectors multiply-adds; the accumulators stay in registers from the first step to the last.
+template <int Rows, int Vectors, class T, class Besides = Nothing>
+NEARFAR_INLINE void multiply_add(Packet<T> (&c)[Rows][Vectors], Broadcast<T> a, const T* b, Index b_stride, Index depth,
+                                 Besides&& besides = {}) {
+  const T* column = a.data;
+  for (Index k = 0; k < depth; ++k, column += a.depth_stride, b += b_stride) {
+    besides(k);
+    Packet<T> vectors[Vectors];
+    NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) vectors[v] = ploadu<Packet<T>>(b + v * lanes<T>);
+    NEARFAR_UNROLL for (int r = 0; r < Rows; ++r) {
+      const Packet<T> number = pset1<Packet<T>>(column[r * a.row_stride]);
+      NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) c[r][v] = pmadd(number, vectors[v], c[r][v]);
+    }
+  }
+}
+
 /// C = start + A B for one panel of Vectors * lanes<T> columns.
 ///
 /// A is `rows` x depth, B is depth x panel with row stride b_stride; start(r, v) gives the vector of C that row r
-/// begins with and finish(r, v, c) takes the result. Each number of A meets Vectors multiply-adds; the accumulators
-/// stay in registers from the first step to the last.
-template <int Vectors, class T, class Start, class Finish>
+/// begins with and finish(r, v, c) takes the result.
+template <int Vectors, class T, class Start, class Finish, class Besides = Nothing>
 NEARFAR_INLINE void multiply(Broadcast<T> a, Index rows, const T* b, Index b_stride, Index depth, Start&& start,
-                             Finish&& finish) {
+                             Finish&& finish, Besides&& besides = {}) {
   for_each_tile<Vectors>(rows, [&](auto tile, Index first) {
     constexpr int count = decltype(tile)::value;
     Packet<T> c[count][Vectors];
     NEARFAR_UNROLL for (int r = 0; r < count; ++r) {
       NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) c[r][v] = start(first + r, v);
     }
-    const T* column = a.data + first * a.row_stride;
-    const T* row = b;
-    for (Index k = 0; k < depth; ++k, column += a.depth_stride, row += b_stride) {
-      Packet<T> vectors[Vectors];
-      NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) vectors[v] = ploadu<Packet<T>>(row + v * lanes<T>);
-      NEARFAR_UNROLL for (int r = 0; r < count; ++r) {
-        const Packet<T> number = pset1<Packet<T>>(column[r * a.row_stride]);
-        NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) c[r][v] = pmadd(number, vectors[v], c[r][v]);
-      }
-    }
+    multiply_add(c, a.rows_from(first), b, b_stride, depth, besides);
     NEARFAR_UNROLL for (int r = 0; r < count; ++r) {
       NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) finish(first + r, v, c[r][v]);
     }

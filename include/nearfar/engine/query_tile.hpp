@@ -2,6 +2,7 @@
 
 #include <nearfar/detail/lookahead.hpp>
 #include <nearfar/engine/key_tile.hpp>
+#include <nearfar/engine/lane_mask.hpp>
 #include <nearfar/engine/microkernel.hpp>
 #include <nearfar/mask.hpp>
 #include <nearfar/online_softmax.hpp>
@@ -47,7 +48,7 @@ class QueryTile {
   void visit(const KeyTile<T>& keys) {
     for (Index p = 0; p < panels(); ++p) {
       attend(p, keys, {0, keys.count()}, [&](Packet<T>(&max)[Vectors]) {
-        score(p, keys, {0, keys.count()}, seen, max);
+        score(p, keys, {0, keys.count()}, AllSeen{}, max);
       });
     }
   }
@@ -66,18 +67,10 @@ class QueryTile {
       Range all = keys.within(band.seen_by_all(query, in_panel(p)));
       all = {std::min(round_up(all.first, step), any.end), all.end == keys.count() ? all.end : all.end / step * step};
       if (all.count() == 0) all = {any.end, any.end};
-      const auto hide = [&](Index j, int v, const Packet<T>& product) {
-        // Key j is seen by the queries of a range, that is by the lanes between its ends.
-        const Range seeing = band.seeing(keys.position(j));
-        const Packet<T> lane = plset<Packet<T>>(T(v * lanes<T>));
-        const Packet<T> from = pset1<Packet<T>>(T(seeing.first - query));
-        const Packet<T> to = pset1<Packet<T>>(T(seeing.end - query));
-        const Packet<T> hidden = pset1<Packet<T>>(-infinity<T>);
-        return pselect(pcmp_lt(lane, from), hidden, pselect(pcmp_lt(lane, to), product, hidden));
-      };
+      const LaneMask<T, Band> hide{band, keys, query};
       attend(p, keys, any, [&](Packet<T>(&max)[Vectors]) {
         score(p, keys, {any.first, all.first}, hide, max);
-        score(p, keys, all, seen, max);
+        score(p, keys, all, AllSeen{}, max);
         score(p, keys, {all.end, any.end}, hide, max);
       });
     }
@@ -104,12 +97,13 @@ class QueryTile {
     }
   }
 
-  /// Writes the result of each query to its row of out, and its log-sum-exp beside where that is not null.
+  /// Writes the result of each query to its row of out, times a factor a feature unless that is null, and its
+  /// log-sum-exp beside where that is not null.
   template <class Storage>
-  void finish(Storage* out, Index stride, Storage* log_sum_exp) {
+  void finish(Storage* out, Index stride, Storage* log_sum_exp, const T* factor = nullptr) {
     for (Index p = 0; p < panels(); ++p) {
       panel(p).finish(in_panel(p), out + p * width * stride, stride,
-                      log_sum_exp == nullptr ? nullptr : log_sum_exp + p * width);
+                      log_sum_exp == nullptr ? nullptr : log_sum_exp + p * width, factor);
     }
   }
 
@@ -127,8 +121,6 @@ class QueryTile {
  private:
   T* query(Index p) const { return query_ + p * width * dim_; }
 
-  static constexpr auto seen = [](Index, int, const Packet<T>& product) { return product; };
-
   // The scores of a panel against keys [range.first, range.end), kept at scores_ from row range.first on, and their
   // maxima; mask(j, v, score) may hide some.
   template <class Mask>
@@ -137,7 +129,7 @@ class QueryTile {
     Packet<T> largest[Vectors];
     NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) largest[v] = max[v];
     multiply<Vectors>(
-        keys.key().rows_from(range.first), range.count(), query(p), width, dim_,
+        keys.key(range.first), range.count(), query(p), width, dim_,
         [&](Index j, int v) {
           if (v == 0) lookahead_.step();
           return pset1<Packet<T>>(keys.bias(range.first + j));

@@ -8,14 +8,15 @@ inline namespace NEARFAR_VERSION_NAMESPACE {
 namespace detail {
 
 /// Softmax attention of every head over the keys that a window shows: the whole of Softmax and of Banded, which differ
-/// in the window alone. Writes out, and the log-sum-exp (heads.query x n_q) where it is not null.
+/// in the window alone. Writes out, and the log-sum-exp (heads.query x n_q) where it is not null. `factors`
+/// (heads.query x value_dim) multiply each head and feature of out, unless there are none.
 ///
 /// A task is one head of one tile of queries; it walks over the keys that some query of the tile sees, at most
 /// KeyTile::capacity at a time. Work n_q * (keys seen) * (dim + value_dim) a head, memory a tile a thread.
 template <int Vectors, class Scalar>
 void window_attention_in_panels(Work& work, const Heads& heads, Window window, double scale,
                                 const Inputs<Scalar>& inputs, Tokens<Scalar> out, Scalar* log_sum_exp,
-                                Index tile_rows) {
+                                Tokens<const Accumulator<Scalar>> factors, Index tile_rows) {
   using T = Accumulator<Scalar>;
   const Index dim = heads.dim;
   const Index value_dim = heads.value_width();
@@ -62,7 +63,8 @@ void window_attention_in_panels(Work& work, const Heads& heads, Window window, d
     }
     queries.finish(
         out.row(rows.query_begin + tile.first) + head * value_dim, out.stride(),
-        log_sum_exp == nullptr ? nullptr : log_sum_exp + head * inputs.query.rows() + rows.query_begin + tile.first);
+        log_sum_exp == nullptr ? nullptr : log_sum_exp + head * inputs.query.rows() + rows.query_begin + tile.first,
+        factors.rows() == 0 ? nullptr : factors.row(head));
   });
 }
 
@@ -70,15 +72,15 @@ void window_attention_in_panels(Work& work, const Heads& heads, Window window, d
 /// window is not much wider than the panel, a narrower panel wastes less.
 template <class Scalar>
 void window_attention(Work& work, const Heads& heads, Window window, double scale, const Inputs<Scalar>& inputs,
-                      Tokens<Scalar> out, Scalar* log_sum_exp) {
+                      Tokens<Scalar> out, Scalar* log_sum_exp, Tokens<const Accumulator<Scalar>> factors = {}) {
   constexpr Index wide = 2 * lanes<Accumulator<Scalar>>;
   const bool narrow =
       std::min(window.left, Window::unlimited) + std::min(window.right, Window::unlimited) < 16 * wide ||
       inputs.query.rows() <= wide / 2;
   if (narrow) {
-    window_attention_in_panels<1>(work, heads, window, scale, inputs, out, log_sum_exp, 256);
+    window_attention_in_panels<1>(work, heads, window, scale, inputs, out, log_sum_exp, factors, 256);
   } else {
-    window_attention_in_panels<2>(work, heads, window, scale, inputs, out, log_sum_exp, 512);
+    window_attention_in_panels<2>(work, heads, window, scale, inputs, out, log_sum_exp, factors, 512);
   }
 }
 

@@ -1,0 +1,38 @@
+#pragma once
+
+#include <nearfar/engine/key_tile.hpp>
+#include <nearfar/online_softmax.hpp>
+
+namespace nearfar {
+inline namespace NEARFAR_VERSION_NAMESPACE {
+namespace detail {
+
+/// The mask of a panel whose queries all see all keys at hand: scores stay as they are.
+struct AllSeen {
+  template <class P>
+  NEARFAR_INLINE P operator()(Index, int, const P& score) const {
+    return score;
+  }
+};
+
+/// The mask of a panel that the edges of a band cross: the score of key j of a tile becomes -infinity on the lanes
+/// whose queries do not see it. Lane 0 holds query `first`.
+template <class T, class Band>
+struct LaneMask {
+  const Band& band;
+  const KeyTile<T>& keys;
+  Index first;
+
+  NEARFAR_INLINE Packet<T> operator()(Index j, int v, const Packet<T>& score) const {
+    const Range seeing = band.seeing(keys.position(j));
+    const Packet<T> lane = plset<Packet<T>>(T(v * lanes<T>));
+    const Packet<T> from = pset1<Packet<T>>(T(seeing.first - first));
+    const Packet<T> end = pset1<Packet<T>>(T(seeing.end - first));
+    const Packet<T> hidden = pset1<Packet<T>>(-infinity<T>);
+    return pselect(pcmp_lt(lane, from), hidden, pselect(pcmp_lt(lane, end), score, hidden));
+  }
+};
+
+}  // namespace detail
+}  // namespace NEARFAR_VERSION_NAMESPACE
+}  // namespace nearfar

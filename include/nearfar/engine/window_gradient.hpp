@@ -1,0 +1,144 @@
+#pragma once
+
+#include <nearfar/detail/tiles.hpp>
+#include <nearfar/engine/gradient_tile.hpp>
+
+#include <algorithm>
+
+namespace nearfar {
+inline namespace NEARFAR_VERSION_NAMESPACE {
+namespace detail {
+
+/// delta_i = grad_out_i . out_i of each head (heads.query x n_q): what the softmax of a row takes off every gradient of
+/// its scores.
+template <class Scalar, class T>
+void softmax_delta(Work& work, const Heads& heads, Tokens<const Scalar> out, Tokens<const Scalar> grad_out, T* delta) {
+  constexpr Index rows = 1024;
+  const Index width = heads.value_width();
+  work.for_each((out.rows() + rows - 1) / rows, [&](Index task, Scratch&) {
+    for (Index i = task * rows; i < std::min((task + 1) * rows, out.rows()); ++i) {
+      for (Index h = 0; h < heads.query; ++h) {
+        T sum = 0;
+        for (Index c = h * width; c < (h + 1) * width; ++c) sum += T(out(i, c)) * T(grad_out(i, c));
+        delta[h * out.rows() + i] = sum;
+      }
+    }
+  });
+}
+
+/// The backward pass of window_attention: gradients of query, key and value from the saved log-sum-exp and delta, both
+/// heads.query x n_q.
+///
+/// A task is one key/value head of one segment of the keys of a sequence: it alone writes their gradients, and walks
+/// over the queries that see them. Where a sequence has several segments, the gradients of its queries are summed over
+/// them in order, from one n_q x (heads.query * dim) array a further segment. How many there are depends on the shapes
+/// alone. Work 2.5 times the forward pass.
+template <class Scalar>
+void window_gradient(Work& work, const Heads& heads, Window window, double scale, const Inputs<Scalar>& inputs,
+                     const Scalar* log_sum_exp, Tokens<const Scalar> grad_out, const Accumulator<Scalar>* delta,
+                     const InputGradients<Scalar>& gradients) {
+  using T = Accumulator<Scalar>;
+  constexpr Index capacity = GradientTile<T>::capacity;
+  constexpr Index enough_tasks = 16;
+  constexpr Index shortest_segment = 512;
+  const Index dim = heads.dim;
+  const Index value_dim = heads.value_width();
+  const Index queries = inputs.query.rows();
+  const Index sequences = sequence_count(inputs);
+  if (sequences == 0) return;
+  const Index segments = std::clamp<Index>(inputs.key.rows() / (sequences * shortest_segment), 1,
+                                           std::max<Index>(enough_tasks / (sequences * heads.key_value), 1));
+  T* partial = work.take<T>((segments - 1) * queries * heads.query_cols());
+
+  // The keys [first, end) of segment s of a sequence, and the queries that see one of them.
+  const auto segment = [&](const Sequence& rows, Index s) {
+    return Range{rows.key_count * s / segments, rows.key_count * (s + 1) / segments};
+  };
+  const auto seeing = [&](const Sequence& rows, const Band& band, Range keys) {
+    if (keys.count() == 0) return Range{};
+    return Range{std::clamp<Index>(band.seeing(keys.first).first, 0, rows.query_count),
+                 std::clamp<Index>(band.seeing(keys.end - 1).end, 0, rows.query_count)};
+  };
+  const auto grad_query = [&](Index s) {
+    if (s == 0) return gradients.query;
+    return Tokens<Scalar>(partial + (s - 1) * queries * heads.query_cols(), queries, heads.query_cols(),
+                          heads.query_cols());
+  };
+
+  work.for_each(sequences * segments * heads.key_value, [&](Index task, Scratch& scratch) {
+    const Index key_head = task % heads.key_value;
+    const Index s = task / heads.key_value % segments;
+    const Sequence rows = sequence(inputs, task / heads.key_value / segments);
+    const Band band(window, rows.query_count, rows.key_count);
+    const std::uint8_t* mask = key_mask(inputs, rows);
+    const Range own = segment(rows, s);
+    const Range queries_seeing = seeing(rows, band, own);
+
+    const Tokens key = inputs.key.middle_rows(rows.key_begin, rows.key_count).middle_cols(key_head * dim, dim);
+    const Tokens value =
+        inputs.value.middle_rows(rows.key_begin, rows.key_count).middle_cols(key_head * value_dim, value_dim);
+    const Tokens grad_key = gradients.key.middle_rows(rows.key_begin, rows.key_count).middle_cols(key_head * dim, dim);
+    const Tokens grad_value =
+        gradients.value.middle_rows(rows.key_begin, rows.key_count).middle_cols(key_head * value_dim, value_dim);
+    grad_key.middle_rows(own.first, own.count()).matrix().setZero();
+    grad_value.middle_rows(own.first, own.count()).matrix().setZero();
+
+    GradientTile<T> tile(scratch, dim, value_dim);
+    KeyTile<T> keys(scratch, dim, value_dim);
+    const auto add = [&](Index j, const T* to_key, const T* to_value) {
+      Scalar* key_row = grad_key.row(keys.position(j));
+      Scalar* value_row = grad_value.row(keys.position(j));
+      for (Index c = 0; c < dim; ++c) key_row[c] += Scalar(to_key[c]);
+      for (Index c = 0; c < value_dim; ++c) value_row[c] += Scalar(to_value[c]);
+    };
+    for (Index h = key_head * heads.group(); h < (key_head + 1) * heads.group(); ++h) {
+      const Tokens to = grad_query(s).middle_rows(rows.query_begin, rows.query_count).middle_cols(h * dim, dim);
+      // The first segment also clears the rows of queries that see none of its keys.
+      const Range cleared = s == 0 ? Range{0, rows.query_count} : queries_seeing;
+      to.middle_rows(cleared.first, cleared.count()).matrix().setZero();
+      for (Index i = queries_seeing.first; i < queries_seeing.end; i += capacity) {
+        const Index count = std::min(capacity, queries_seeing.end - i);
+        const Index row = rows.query_begin + i;
+        tile.load(inputs.query.middle_rows(row, count).middle_cols(h * dim, dim),
+                  grad_out.middle_rows(row, count).middle_cols(h * value_dim, value_dim), i,
+                  log_sum_exp + h * queries + row, delta + h * queries + row, T(scale));
+        const Range seen = band.seen_by_any(i, count);
+        const Index end = std::min(seen.end, own.end);
+        for (Index j = std::max(seen.first, own.first); j < end; ++j) {
+          if (mask == nullptr || mask[j] != 0) keys.append(key.row(j), value.row(j), j);
+          if (keys.full() || j + 1 == end) {
+            Lookahead& ahead = tile.lookahead();
+            ahead.clear();
+            const Index next = std::min(end - (j + 1), KeyTile<T>::capacity);
+            ahead.add(key.row(j) + key.stride(), key.stride(), next, dim);
+            ahead.add(value.row(j) + value.stride(), value.stride(), next, value_dim);
+            tile.visit(keys, band, add);
+            keys.clear();
+          }
+        }
+        tile.finish(to.middle_rows(i, count));
+      }
+    }
+  });
+  if (segments == 1) return;
+
+  constexpr Index block = 256;
+  const Tiles tiles(work, inputs, block);
+  work.for_each(tiles.count(), [&](Index task, Scratch&) {
+    const Tile tile = tiles[task];
+    const Sequence rows = sequence(inputs, tile.sequence);
+    const Band band(window, rows.query_count, rows.key_count);
+    for (Index s = 1; s < segments; ++s) {
+      const Range part = seeing(rows, band, segment(rows, s));
+      const Index first = std::max(part.first, tile.first);
+      const Index count = std::min(part.end, tile.first + tile.count) - first;
+      if (count <= 0) continue;
+      gradients.query.middle_rows(rows.query_begin + first, count).matrix() +=
+          grad_query(s).middle_rows(rows.query_begin + first, count).matrix();
+    }
+  });
+}
+
+}  // namespace detail
+}  // namespace NEARFAR_VERSION_NAMESPACE
+}  // namespace nearfar
