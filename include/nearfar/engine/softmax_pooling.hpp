@@ -33,6 +33,7 @@ struct PoolingShape {
   Index heads = 0;
   Index dim = 0;
   Index group = 1;
+  bool own_columns = false;  ///< whether a head's score sees its own columns alone; other weights are then not read
 
   Index cols() const { return heads / group * dim; }
   Index column(Index head) const { return head / group * dim; }
@@ -112,12 +113,14 @@ void exp2_in_place(T* x, Index count) {
   for (Index i = 0; i < count; i += lanes<T>) pstoreu(x + i, exp2<T>(ploadu<Packet<T>>(x + i)));
 }
 
-template <class T, int Rows>
+/// scores(r, h) = weights(h) . rows[r] over `cols` columns, for `Rows` rows and `Heads` heads at once. Meanwhile asks
+/// for the rows `next`.
+template <int Rows, int Heads, class T>
 NEARFAR_INLINE void score_block(const T* const (&rows)[Rows], const T* const (&next)[Rows], const T* weights,
-                                Index cols, T* scores, Index padded) {
-  Packet<T> sum[Rows][head_block];
+                                Index weights_stride, Index cols, T* scores, Index padded) {
+  Packet<T> sum[Rows][Heads];
   NEARFAR_UNROLL for (int r = 0; r < Rows; ++r) {
-    NEARFAR_UNROLL for (int h = 0; h < head_block; ++h) sum[r][h] = pset1<Packet<T>>(T(0));
+    NEARFAR_UNROLL for (int h = 0; h < Heads; ++h) sum[r][h] = pset1<Packet<T>>(T(0));
   }
   Index c = 0;
   for (; c + lanes<T> <= cols; c += lanes<T>) {
@@ -126,43 +129,74 @@ NEARFAR_INLINE void score_block(const T* const (&rows)[Rows], const T* const (&n
       x[r] = ploadu<Packet<T>>(rows[r] + c);
       prefetch_far(next[r] + c);
     }
-    NEARFAR_UNROLL for (int h = 0; h < head_block; ++h) {
-      const Packet<T> w = ploadu<Packet<T>>(weights + h * cols + c);
+    NEARFAR_UNROLL for (int h = 0; h < Heads; ++h) {
+      const Packet<T> w = ploadu<Packet<T>>(weights + h * weights_stride + c);
       NEARFAR_UNROLL for (int r = 0; r < Rows; ++r) sum[r][h] = pmadd(x[r], w, sum[r][h]);
     }
   }
   NEARFAR_UNROLL for (int r = 0; r < Rows; ++r) {
-    NEARFAR_UNROLL for (int h = 0; h < head_block; ++h) scores[r * padded + h] = predux(sum[r][h]);
+    NEARFAR_UNROLL for (int h = 0; h < Heads; ++h) scores[r * padded + h] = predux(sum[r][h]);
   }
   for (; c < cols; ++c) {
     for (int r = 0; r < Rows; ++r) {
-      for (int h = 0; h < head_block; ++h) scores[r * padded + h] += rows[r][c] * weights[h * cols + c];
+      for (int h = 0; h < Heads; ++h) scores[r * padded + h] += rows[r][c] * weights[h * weights_stride + c];
     }
   }
 }
 
-/// scores(i, h) = w_h . x_i for the rows [first, first + count) of the list, asking for rows further on meanwhile.
+/// Calls visit(heads, first_head, first_column, columns) for blocks of heads, `heads` an integral constant, and the
+/// columns that their scores see: blocks of heads that see all columns, or single heads that see their own.
+template <class Visit>
+NEARFAR_INLINE void for_each_head_block(const PoolingShape& shape, Visit&& visit) {
+  if (shape.own_columns) {
+    for (Index h = 0; h < shape.heads; ++h) visit(std::integral_constant<int, 1>{}, h, shape.column(h), shape.dim);
+  } else {
+    for (Index h = 0; h < shape.heads; h += head_block) {
+      visit(std::integral_constant<int, head_block>{}, h, Index{0}, shape.cols());
+    }
+  }
+}
+
+/// scores(i, h) = w_h . x_i for the rows [first, first + count) of the list.
 template <class T>
 void score_rows(const PoolingShape& shape, const T* weights, const RowList<const T>& list, Index first, Index count,
                 T* scores) {
   constexpr Index ahead = 2 * row_block;
-  const Index cols = shape.cols();
   const Index padded = shape.padded();
-  const auto later = [&](Index i) { return list[std::min(i + ahead, list.count - 1)]; };
-  for (Index h = 0; h < padded; h += head_block) {
-    const T* w = weights + h * cols;
+  if (shape.own_columns) std::fill_n(scores, count * padded, T(0));
+  for_each_head_block(shape, [&](auto block, Index h, Index column, Index cols) {
+    constexpr int heads = decltype(block)::value;
+    const T* const w = weights + h * shape.cols() + column;
+    const auto score = [&](auto several, Index i) {
+      constexpr int rows = decltype(several)::value;
+      const T* now[rows];
+      const T* next[rows];
+      for (int r = 0; r < rows; ++r) {
+        now[r] = list[first + i + r] + column;
+        next[r] = list[std::min(first + i + r + ahead, list.count - 1)] + column;
+      }
+      score_block<rows, heads>(now, next, w, shape.cols(), cols, scores + i * padded + h, padded);
+    };
     Index i = 0;
-    for (; i + row_block <= count; i += row_block) {
-      const T* const rows[] = {list[first + i], list[first + i + 1], list[first + i + 2]};
-      const T* const next[] = {later(first + i), later(first + i + 1), later(first + i + 2)};
-      score_block<T, row_block>(rows, next, w, cols, scores + i * padded + h, padded);
-    }
-    for (; i < count; ++i) {
-      const T* const rows[] = {list[first + i]};
-      const T* const next[] = {later(first + i)};
-      score_block<T, 1>(rows, next, w, cols, scores + i * padded + h, padded);
+    for (; i + row_block <= count; i += row_block) score(std::integral_constant<int, row_block>{}, i);
+    for (; i < count; ++i) score(std::integral_constant<int, 1>{}, i);
+  });
+}
+
+/// mean = keep mean + sum_i share_i rows[i], for `Vectors` vectors (or numbers) of columns.
+template <class P, int Vectors, class T>
+NEARFAR_INLINE void blend(const T* const* rows, Index count, const T* share, Index share_stride, T keep, Index column,
+                          T* mean) {
+  constexpr Index width = Eigen::internal::unpacket_traits<P>::size;
+  P sum[Vectors];
+  NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) sum[v] = pmul(pset1<P>(keep), ploadu<P>(mean + v * width));
+  for (Index i = 0; i < count; ++i) {
+    const P own = pset1<P>(share[i * share_stride]);
+    NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) {
+      sum[v] = pmadd(own, ploadu<P>(rows[i] + column + v * width), sum[v]);
     }
   }
+  NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) pstoreu(mean + v * width, sum[v]);
 }
 
 /// Shows the rows of the list to the pooling. `scores` (shape.scores(list.count) numbers) is left holding the scores.
@@ -179,91 +213,55 @@ void pool(const PoolingShape& shape, const T* weights, const RowList<const T>& l
     score_rows(shape, weights, list, first, count, score);
 
     // The old mean keeps sum' / sum of its weight, and row i gets 2^(score_i - max) / sum.
-    for (Index h = 0; h < padded; ++h) {
-      T larger = state.max[h];
-      for (Index i = 0; i < count; ++i) larger = std::max(larger, score[i * padded + h]);
-      keep[h] = state.sum[h] * exp2_of_difference(state.max[h], larger);
-      const T shift = larger == -infinity<T> ? T(0) : larger;
-      for (Index i = 0; i < count; ++i) share[i * padded + h] = score[i * padded + h] - shift;
-      state.max[h] = larger;
+    for (Index h = 0; h < padded; h += head_block) {
+      T larger[head_block];
+      T shift[head_block];
+      for (int j = 0; j < head_block; ++j) larger[j] = state.max[h + j];
+      for (Index i = 0; i < count; ++i) {
+        const T* const row = score + i * padded + h;
+        for (int j = 0; j < head_block; ++j) larger[j] = larger[j] < row[j] ? row[j] : larger[j];
+      }
+      for (int j = 0; j < head_block; ++j) {
+        keep[h + j] = state.sum[h + j] * exp2_of_difference(state.max[h + j], larger[j]);
+        state.max[h + j] = larger[j];
+        shift[j] = larger[j] == -infinity<T> ? T(0) : larger[j];
+      }
+      for (Index i = 0; i < count * padded; i += padded) {
+        for (int j = 0; j < head_block; ++j) share[i + h + j] = score[i + h + j] - shift[j];
+      }
     }
     exp2_in_place(share, count * padded);
-    for (Index h = 0; h < padded; ++h) {
-      T total = T(0);
-      for (Index i = 0; i < count; ++i) total += share[i * padded + h];
-      state.sum[h] = keep[h] + total;
-      const T inverse = state.sum[h] == T(0) ? T(0) : T(1) / state.sum[h];
-      keep[h] *= inverse;
-      for (Index i = 0; i < count; ++i) share[i * padded + h] *= inverse;
-    }
-    for (Index h = 0; h < shape.heads; ++h) {
-      T* const mean = state.mean + h * shape.dim;
-      for_each_packet<T>(shape.dim, [&](auto by, Index c) {
-        using P = typename decltype(by)::template Of<T>;
-        P sum = pmul(pset1<P>(keep[h]), ploadu<P>(mean + c));
-        for (Index i = 0; i < count; ++i) {
-          sum = pmadd(pset1<P>(share[i * padded + h]), ploadu<P>(list[first + i] + shape.column(h) + c), sum);
-        }
-        pstoreu(mean + c, sum);
-      });
-    }
-  }
-}
-
-/// The prefix form: what each row weighs in the softmax that ends with it, weight_i = 2^(score_i - max_i) / sum_i over
-/// the rows up to i. Takes `count` rows of scores to their weights, in place; state.max and state.sum move on.
-template <class T>
-void prefix_weights(const PoolingShape& shape, T* scores, Index count, SoftmaxPool<T> state, Scratch& scratch) {
-  const Scratch::Scope scope(scratch);
-  const Index padded = shape.padded();
-  // Of 2^(old max - max) and 2^(score - max) one is 1 and the other 2^-|score - old max|.
-  T* const smaller = scratch.take<T>(shape.scores<T>(count));
-  T* const old_max = scratch.take<T>(padded);
-  std::copy_n(state.max, padded, old_max);
-  for (Index i = 0; i < count * padded; i += padded) {
-    for (Index h = 0; h < padded; ++h) {
-      const T score = scores[i + h];
-      const T max = state.max[h];
-      smaller[i + h] = score == max ? T(0) : -std::abs(score - max);
-      state.max[h] = std::max(max, score);
-    }
-  }
-  exp2_in_place(smaller, count * padded);
-  for (Index i = 0; i < count * padded; i += padded) {
-    for (Index h = 0; h < padded; ++h) {
-      const T score = scores[i + h];
-      const bool larger = score > old_max[h];
-      const T kept = larger ? state.sum[h] * smaller[i + h] : state.sum[h];
-      const T own = larger ? T(1) : score == -infinity<T> ? T(0) : smaller[i + h];
-      old_max[h] = std::max(old_max[h], score);
-      state.sum[h] = kept + own;
-      scores[i + h] = state.sum[h] == T(0) ? T(0) : own / state.sum[h];
-    }
-  }
-}
-
-/// The means up to each row: mean_i = mean_(i-1) + weight_i (x_i - mean_(i-1)). A row that is not `visible` is not read
-/// and changes nothing; `weights` holds those of the visible rows. state.mean moves on.
-template <class T>
-void prefix_means(const PoolingShape& shape, const T* weights, Tokens<const T> rows, const bool* visible,
-                  SoftmaxPool<T> state, Tokens<T> means) {
-  const Index padded = shape.padded();
-  for (Index h = 0; h < shape.heads; ++h) {
-    const Index column = shape.column(h);
-    for_each_packet<T>(shape.dim, [&](auto by, Index c) {
-      using P = typename decltype(by)::template Of<T>;
-      const Index at = h * shape.dim + c;
-      P mean = ploadu<P>(state.mean + at);
-      const T* weight = weights + h;
-      for (Index i = 0; i < means.rows(); ++i) {
-        if (visible[i]) {
-          mean = pmadd(pset1<P>(*weight), psub(ploadu<P>(rows.row(i) + column + c), mean), mean);
-          weight += padded;
-        }
-        pstoreu(means.row(i) + at, mean);
+    for (Index h = 0; h < padded; h += head_block) {
+      T total[head_block] = {};
+      T inverse[head_block];
+      for (Index i = 0; i < count * padded; i += padded) {
+        for (int j = 0; j < head_block; ++j) total[j] += share[i + h + j];
       }
-      pstoreu(state.mean + at, mean);
-    });
+      for (int j = 0; j < head_block; ++j) {
+        const T sum = keep[h + j] + total[j];
+        inverse[j] = sum == T(0) ? T(0) : T(1) / sum;
+        keep[h + j] *= inverse[j];
+        state.sum[h + j] = sum;
+      }
+      for (Index i = 0; i < count * padded; i += padded) {
+        for (int j = 0; j < head_block; ++j) share[i + h + j] *= inverse[j];
+      }
+    }
+    const T* rows[pooling_tile];
+    for (Index i = 0; i < count; ++i) rows[i] = list[first + i];
+    for (Index h = 0; h < shape.heads; ++h) {
+      constexpr int vectors = 4;
+      const auto columns = [&](auto by, auto several, Index c) {
+        using P = typename decltype(by)::template Of<T>;
+        blend<P, several>(rows, count, share + h, padded, keep[h], shape.column(h) + c, state.mean + h * shape.dim + c);
+      };
+      Index c = 0;
+      for (; c + vectors * lanes<T> <= shape.dim; c += vectors * lanes<T>) {
+        columns(ByVectors{}, std::integral_constant<int, vectors>{}, c);
+      }
+      for (; c + lanes<T> <= shape.dim; c += lanes<T>) columns(ByVectors{}, std::integral_constant<int, 1>{}, c);
+      for (; c < shape.dim; ++c) columns(ByNumbers{}, std::integral_constant<int, 1>{}, c);
+    }
   }
 }
 
@@ -272,30 +270,31 @@ void prefix_means(const PoolingShape& shape, const T* weights, Tokens<const T> r
 template <class T>
 void score_rows_backward(const PoolingShape& shape, const T* weights, const RowList<const T>& list,
                          const T* grad_scores, const RowList<T>& grad_rows, T* grad_weights) {
-  const Index cols = shape.cols();
   const Index padded = shape.padded();
-  for (Index first = 0; first < padded; first += head_block) {
+  for_each_head_block(shape, [&](auto block, Index first, Index column, Index cols) {
+    constexpr int heads = decltype(block)::value;
     for_each_packet<T>(cols, [&](auto by, Index c) {
       using P = typename decltype(by)::template Of<T>;
-      P w[head_block];
-      P sum[head_block];
-      NEARFAR_UNROLL for (int h = 0; h < head_block; ++h) {
-        w[h] = ploadu<P>(weights + (first + h) * cols + c);
-        sum[h] = ploadu<P>(grad_weights + (first + h) * cols + c);
+      const Index at = first * shape.cols() + column + c;
+      P w[heads];
+      P sum[heads];
+      NEARFAR_UNROLL for (int h = 0; h < heads; ++h) {
+        w[h] = ploadu<P>(weights + at + h * shape.cols());
+        sum[h] = ploadu<P>(grad_weights + at + h * shape.cols());
       }
       for (Index i = 0; i < list.count; ++i) {
-        const P x = ploadu<P>(list[i] + c);
-        P grad = ploadu<P>(grad_rows[i] + c);
-        NEARFAR_UNROLL for (int h = 0; h < head_block; ++h) {
+        const P x = ploadu<P>(list[i] + column + c);
+        P grad = ploadu<P>(grad_rows[i] + column + c);
+        NEARFAR_UNROLL for (int h = 0; h < heads; ++h) {
           const P score = pset1<P>(grad_scores[i * padded + first + h]);
           grad = pmadd(score, w[h], grad);
           sum[h] = pmadd(score, x, sum[h]);
         }
-        pstoreu(grad_rows[i] + c, grad);
+        pstoreu(grad_rows[i] + column + c, grad);
       }
-      NEARFAR_UNROLL for (int h = 0; h < head_block; ++h) pstoreu(grad_weights + (first + h) * cols + c, sum[h]);
+      NEARFAR_UNROLL for (int h = 0; h < heads; ++h) pstoreu(grad_weights + at + h * shape.cols(), sum[h]);
     });
-  }
+  });
 }
 
 template <class T>
@@ -344,66 +343,6 @@ void pool_backward(const PoolingShape& shape, const T* weights, const RowList<co
       }
     }
     score_rows_backward(shape, weights, tile, weights_of_rows + first * padded, grad, grad_weights);
-  }
-}
-
-/// What the rows after row i leave for it, in the backward pass of the prefix form:
-///
-///   vector_i = sum_(t > i) keep_it grad_mean_t        scalar_i = sum_(t > i) keep_it mean_t . grad_mean_t
-///
-/// with keep_it = (1 - weight_(i+1)) ... (1 - weight_t), what is left at t of a weight that was 1 at row i.
-template <class T>
-struct SuffixSums {
-  T* vector;  // heads x dim
-  T* scalar;  // padded heads
-  T* keep;    // padded heads: of all rows passed
-
-  static Index size(const PoolingShape& shape) { return 2 * shape.padded() + shape.width(); }
-
-  static SuffixSums at(T* memory, const PoolingShape& shape) {
-    return {memory + 2 * shape.padded(), memory, memory + shape.padded()};
-  }
-
-  void start(const PoolingShape& shape) const {
-    std::fill_n(vector, shape.width(), T(0));
-    std::fill_n(scalar, shape.padded(), T(0));
-    std::fill_n(keep, shape.padded(), T(1));
-  }
-
-  /// These sums, of a stretch of rows, with those of the rows after the stretch.
-  void join(const SuffixSums& after, const PoolingShape& shape) const {
-    for (Index h = 0; h < shape.heads; ++h) {
-      scalar[h] += keep[h] * after.scalar[h];
-      for (Index c = h * shape.dim; c < (h + 1) * shape.dim; ++c) vector[c] += keep[h] * after.vector[c];
-      keep[h] *= after.keep[h];
-    }
-  }
-};
-
-/// Takes row i into the sums, and where `x` is not null writes what reaches it: grad_x = weight_i vector (the share
-/// that passes through the mean), grad_scores = weight_i (x . vector - scalar), both sums with row i's own gradient in
-/// them. A row that is not visible has weights null. grad_x may be grad_mean.
-template <class T>
-void prefix_backward_row(const PoolingShape& shape, const T* mean, const T* grad_mean, const T* weight, const T* x,
-                         const SuffixSums<T>& after, T* grad_x, T* grad_scores) {
-  for (Index h = 0; h < shape.heads; ++h) {
-    const Index first = h * shape.dim;
-    T* const vector = after.vector + first;
-    after.scalar[h] += dot(mean + first, grad_mean + first, shape.dim);
-    const T share = weight == nullptr ? T(0) : weight[h];
-    for_each_packet<T>(shape.dim, [&](auto by, Index c) {
-      using P = typename decltype(by)::template Of<T>;
-      const P sum = padd(ploadu<P>(vector + c), ploadu<P>(grad_mean + first + c));
-      pstoreu(vector + c, sum);
-      if (x != nullptr) pstoreu(grad_x + first + c, pmul(pset1<P>(share), sum));
-    });
-    if (weight == nullptr) continue;
-    if (x != nullptr) grad_scores[h] = ln_2<T> * share * (dot(x + first, vector, shape.dim) - after.scalar[h]);
-    // A row that takes all the weight leaves nothing to those before it.
-    const T left = T(1) - share;
-    after.scalar[h] = left == T(0) ? T(0) : left * after.scalar[h];
-    after.keep[h] *= left;
-    for (Index c = 0; c < shape.dim; ++c) vector[c] = left == T(0) ? T(0) : left * vector[c];
   }
 }
 

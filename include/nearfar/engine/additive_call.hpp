@@ -1,0 +1,229 @@
+#pragma once
+
+#include <nearfar/context.hpp>
+#include <nearfar/engine/packed_matrix.hpp>
+#include <nearfar/engine/softmax_pooling.hpp>
+#include <nearfar/engine/stretches.hpp>
+#include <nearfar/mask.hpp>
+
+#include <algorithm>
+
+namespace nearfar {
+inline namespace NEARFAR_VERSION_NAMESPACE {
+namespace detail {
+
+/// What the forward pass of additive attention keeps for the backward pass. Weights have a row a token, as many columns
+/// as heads (padded), and are zero where the token is masked.
+template <class T>
+struct AdditiveSaved {
+  Matrix<T> query_weights;  ///< alpha; causal: alpha of each token in the softmax that ends with it
+  Matrix<T> key_weights;    ///< beta, likewise
+  Matrix<T> query_means;    ///< gq of each sequence; causal: before each stretch
+  Matrix<T> key_means;      ///< sum_i beta_i k_i of each sequence; causal: gk before each stretch
+};
+
+/// One call of additive attention: what its tasks share.
+template <class T>
+struct AdditiveCall {
+  const Inputs<T>& inputs;
+  Heads heads;
+  bool own_features;  ///< whether a head's score sees its own features alone
+  bool add_query;
+  const T* w_q;  ///< as pooling wants it: times scale and log2 e, a row a head (padded) over all heads' features
+  const T* w_k;
+  Stretches stretches;
+  Work& work;
+
+  Index width() const { return heads.query_cols(); }
+  PoolingShape query_shape() const { return {heads.query, heads.dim, 1, own_features}; }
+  PoolingShape key_shape() const { return {heads.query, heads.dim, heads.group(), own_features}; }
+
+  bool sees(Index token) const {
+    return inputs.key_mask.empty() || inputs.key_mask[static_cast<std::size_t>(token)] != 0;
+  }
+};
+
+/// Where the rows of out go: out_i = w_t u_i + b_t + q_i.
+template <class T>
+struct AdditiveOut {
+  Tokens<T> rows;
+  bool transform;
+  PackedMatrix<T> w_t;      ///< transposed
+  const T* b_t;             ///< null: no bias
+  AdditiveSaved<T>* saved;  ///< null: nothing is kept
+};
+
+/// What the backward pass reads and writes beside the inputs.
+template <class T>
+struct AdditiveGradients {
+  const AdditiveSaved<T>& saved;
+  Tokens<const T> out;
+  Tokens<const T> u;  ///< of u_i; with the transform it waits in the rows of query until they are written
+  InputGradients<T> inputs;
+  Tokens<T> w_q;  ///< of the packed weights, written
+  Tokens<T> w_k;
+  Tokens<T> w_t;  ///< added to; empty without the transform
+  T* b_t;         ///< added to; null without bias
+};
+
+/// u = gk * v + q feature by feature, each key/value head serving its group of query heads; gk or q may be null (zero).
+/// Asks for `later_value` and `later_query` meanwhile.
+template <class T>
+void blend_row(const Heads& heads, const T* global_key, const T* value, const T* query, T* u, const T* later_value,
+               const T* later_query) {
+  const Index group = heads.group();
+  const Index slices = group == 1 ? 1 : heads.query;
+  const Index length = heads.query_cols() / slices;
+  for (Index s = 0; s < slices; ++s) {
+    const Index column = s * length;
+    const Index shared = s / group * length;
+    for_each_packet<T>(length, [&](auto by, Index c) {
+      using P = typename decltype(by)::template Of<T>;
+      if (later_value != nullptr) prefetch_far(later_value + shared + c);
+      if (later_query != nullptr) prefetch_far(later_query + column + c);
+      P sum = query == nullptr ? pset1<P>(T(0)) : ploadu<P>(query + column + c);
+      if (global_key != nullptr) sum = pmadd(ploadu<P>(global_key + column + c), ploadu<P>(value + shared + c), sum);
+      pstoreu(u + column + c, sum);
+    });
+  }
+}
+
+/// The gradient of u = gk * v: grad_v = gk * grad_u, summed over the query heads of a group, and
+/// grad_gk = before + grad_u * v, where before may be null (zero).
+template <class T>
+void blend_row_backward(const Heads& heads, const T* global_key, const T* value, const T* grad_u, T* grad_value,
+                        const T* before, T* grad_global_key) {
+  const Index group = heads.group();
+  for (Index g = 0; g < heads.key_value; ++g) {
+    for_each_packet<T>(heads.dim, [&](auto by, Index c) {
+      using P = typename decltype(by)::template Of<T>;
+      const P v = ploadu<P>(value + g * heads.dim + c);
+      P sum = pset1<P>(T(0));
+      for (Index h = g * group; h < (g + 1) * group; ++h) {
+        const Index at = h * heads.dim + c;
+        const P grad = ploadu<P>(grad_u + at);
+        sum = pmadd(grad, ploadu<P>(global_key + at), sum);
+        pstoreu(grad_global_key + at, pmadd(grad, v, before == nullptr ? pset1<P>(T(0)) : ploadu<P>(before + at)));
+      }
+      pstoreu(grad_value + g * heads.dim + c, sum);
+    });
+  }
+}
+
+/// Rows that go through the transform together: their u stay in the cache.
+inline constexpr Index transform_rows = 128;
+
+/// out_i = w_t (gk * v_i) + b_t + q_i for the tokens of a stretch. global_key(token) is null where no token is seen:
+/// then the value is not read.
+template <class T, class GlobalKey>
+void write_rows(const AdditiveCall<T>& call, const AdditiveOut<T>& out, const Stretch& stretch, Scratch& scratch,
+                GlobalKey&& global_key) {
+  const Tokens<const T> value = call.inputs.value;
+  const Tokens<const T> query = call.inputs.query;
+  const Index width = call.width();
+  if (!out.transform) {
+    for_each_strand_block(
+        stretch, [](Index) { return true; },
+        [&](const Index* token, Index count) {
+          for (Index i = 0; i < count; ++i) {
+            const Index later = token[std::min(i + strands, count - 1)];
+            blend_row(call.heads, global_key(token[i]), value.row(token[i]),
+                      call.add_query ? query.row(token[i]) : nullptr, out.rows.row(token[i]), value.row(later),
+                      call.add_query ? query.row(later) : nullptr);
+          }
+        });
+    return;
+  }
+  T* const u = scratch.take<T>(transform_rows * width);
+  const T* const none = nullptr;
+  for (Index first = stretch.first; first < stretch.end(); first += transform_rows) {
+    const Index count = std::min(transform_rows, stretch.end() - first);
+    for (Index i = 0; i < count; ++i) {
+      const Index token = first + i;
+      blend_row(call.heads, global_key(token), value.row(token), none, u + i * width, none, none);
+      T* const row = out.rows.row(token);
+      for (Index c = 0; c < width; ++c) {
+        row[c] = (out.b_t == nullptr ? T(0) : out.b_t[c]) + (call.add_query ? query(token, c) : T(0));
+      }
+    }
+    out.w_t.multiply_add({u, width, 1}, out.rows.middle_rows(first, count));
+  }
+}
+
+/// Whether the backward pass may read a token's value: not where the token is masked and its row of out has no
+/// gradient.
+template <class T>
+bool reads_value(const AdditiveCall<T>& call, const AdditiveGradients<T>& grad, Index token) {
+  if (call.sees(token)) return true;
+  const T* const row = grad.out.row(token);
+  return std::any_of(row, row + call.width(), [](T x) { return x != T(0); });
+}
+
+/// The gradient of u for all tokens, grad_out w_t, into `rows`. `w_t` is packed as it stands.
+template <class T>
+void transform_backward(const AdditiveCall<T>& call, Tokens<const T> grad_out, const PackedMatrix<T>& w_t,
+                        Tokens<T> rows) {
+  call.work.for_each(call.stretches.count(), [&](Index s, Scratch&) {
+    const Stretch& stretch = call.stretches[s];
+    for (Index first = stretch.first; first < stretch.end(); first += transform_rows) {
+      const Tokens<T> block = rows.middle_rows(first, std::min(transform_rows, stretch.end() - first));
+      block.matrix().setZero();
+      w_t.multiply_add({grad_out.row(first), grad_out.stride(), 1}, block);
+    }
+  });
+}
+
+/// The gradients of the transform itself: adds grad_out^T u to w_t's and the column sums of grad_out to b_t's. Each
+/// task owns some columns and goes through all tokens; write_u(token, stretch, first, count, to) gives those columns of
+/// u.
+template <class T, class WriteU>
+void transform_weights_backward(const AdditiveCall<T>& call, const AdditiveGradients<T>& grad, WriteU&& write_u) {
+  constexpr int vectors = PackedMatrix<T>::vectors;
+  constexpr Index panel = PackedMatrix<T>::width;
+  constexpr Index columns = panel * std::max<Index>(1, 128 / panel);
+  const Index width = call.width();
+  call.work.for_each((width + columns - 1) / columns, [&](Index task, Scratch& scratch) {
+    const Index first_column = task * columns;
+    const Index mine = std::min(columns, width - first_column);
+    T* const u = scratch.take<T>(transform_rows * columns);
+    std::fill_n(u, transform_rows * columns, T(0));
+    for (Index s = 0; s < call.stretches.count(); ++s) {
+      const Stretch& stretch = call.stretches[s];
+      for (Index first = stretch.first; first < stretch.end(); first += transform_rows) {
+        const Index count = std::min(transform_rows, stretch.end() - first);
+        for (Index i = 0; i < count; ++i) {
+          write_u(first + i, stretch, first_column, mine, u + i * columns);
+          if (grad.b_t == nullptr) continue;
+          const T* const row = grad.out.row(first + i) + first_column;
+          for (Index c = 0; c < mine; ++c) grad.b_t[first_column + c] += row[c];
+        }
+        for (Index c = 0; c < mine; c += panel) {
+          multiply<vectors>(
+              Broadcast<T>{grad.out.row(first), 1, grad.out.stride()}, width, u + c, columns, count,
+              [](Index, int) { return pset1<Packet<T>>(T(0)); },
+              [&](Index r, int v, const Packet<T>& sum) {
+                const Index at = c + v * lanes<T>;
+                add_numbers(grad.w_t.row(r) + first_column + at, mine - at, sum);
+              });
+        }
+      }
+    }
+  });
+}
+
+/// Sums the gradients of score weights over stretches, in their order: parts holds a padded heads x width matrix each.
+template <class T>
+void sum_weight_gradients(const AdditiveCall<T>& call, const T* parts, Tokens<T> sum) {
+  const Index size = call.query_shape().padded() * call.width();
+  call.work.for_each(call.heads.query, [&](Index h, Scratch&) {
+    std::fill_n(sum.row(h), call.width(), T(0));
+    for (Index s = 0; s < call.stretches.count(); ++s) {
+      const T* const part = parts + s * size + h * call.width();
+      for (Index c = 0; c < call.width(); ++c) sum(h, c) += part[c];
+    }
+  });
+}
+
+}  // namespace detail
+}  // namespace NEARFAR_VERSION_NAMESPACE
+}  // namespace nearfar

@@ -1,0 +1,256 @@
+#pragma once
+
+#include <nearfar/engine/additive_call.hpp>
+
+namespace nearfar {
+inline namespace NEARFAR_VERSION_NAMESPACE {
+namespace detail {
+
+// Bidirectional additive attention. One gq serves all tokens of a sequence, so w_k p_i = (w_k gq) k_i and
+// gk = gq * sum_i beta_i k_i: with gq folded into w_k, both poolings are softmax poolings of rows as they stand, and
+// the rows of out need one more pass over the tokens.
+
+template <class T>
+SoftmaxPool<T> pool_of(T* pools, const PoolingShape& shape, Index b) {
+  return SoftmaxPool<T>::at(pools + b * SoftmaxPool<T>::size(shape), shape);
+}
+
+/// w_k folded: row r, column c of key head g is the sum over that head's query heads h of w_k(r, c of h) gq(c of h).
+template <class T>
+const T* fold_global_query(const AdditiveCall<T>& call, const T* global_query, Scratch& scratch) {
+  const PoolingShape shape = call.key_shape();
+  T* const folded = scratch.take<T>(shape.padded() * shape.cols());
+  std::fill_n(folded, shape.padded() * shape.cols(), T(0));
+  for (Index row = 0; row < shape.heads; ++row) {
+    for (Index h = 0; h < shape.heads; ++h) {
+      T* const to = folded + row * shape.cols() + shape.column(h);
+      const Index from = h * shape.dim;
+      for (Index c = 0; c < shape.dim; ++c) to[c] += call.w_k[row * call.width() + from + c] * global_query[from + c];
+    }
+  }
+  return folded;
+}
+
+/// Pools each sequence's visible rows with the weights that weights_of(sequence, scratch) gives. `scores`, unless null,
+/// gets the scores of each token.
+template <class T, class WeightsOf>
+T* pool_sequences(const AdditiveCall<T>& call, const PoolingShape& shape, Tokens<const T> rows, WeightsOf&& weights_of,
+                  Matrix<T>* scores) {
+  const Stretches& stretches = call.stretches;
+  const Index size = SoftmaxPool<T>::size(shape);
+  T* const parts = call.work.template take<T>(stretches.count() * size);
+  T* const pools = call.work.template take<T>(stretches.sequences() * size);
+  call.work.for_each(stretches.count(), [&](Index s, Scratch& scratch) {
+    const SoftmaxPool<T> part = pool_of(parts, shape, s);
+    part.start(shape);
+    const T* const weights = weights_of(stretches[s].sequence, scratch);
+    T* const score = scratch.take<T>(shape.scores<T>(strand_block));
+    for_each_strand_block(
+        stretches[s], [&](Index token) { return call.sees(token); },
+        [&](const Index* token, Index count) {
+          pool<T>(shape, weights, {rows, token, count}, score, part, scratch);
+          if (scores == nullptr) return;
+          for (Index i = 0; i < count; ++i) {
+            std::copy_n(score + i * shape.padded(), shape.padded(), scores->row(token[i]).data());
+          }
+        });
+  });
+  call.work.for_each(stretches.sequences(), [&](Index b, Scratch&) {
+    const SoftmaxPool<T> all = pool_of(pools, shape, b);
+    all.start(shape);
+    for (Index s = stretches.of(b).first; s < stretches.of(b).end; ++s) all.merge(pool_of(parts, shape, s), shape);
+  });
+  return pools;
+}
+
+/// Turns the scores of a stretch's visible tokens into their softmax weights.
+template <class T>
+void scores_to_weights(const AdditiveCall<T>& call, const Stretch& stretch, const SoftmaxPool<T>& pool,
+                       Matrix<T>& scores) {
+  for (Index i = stretch.first; i < stretch.end(); ++i) {
+    if (!call.sees(i)) continue;
+    for (Index h = 0; h < call.heads.query; ++h) {
+      scores(i, h) = exp2_of_difference(scores(i, h), pool.max[h]) / pool.sum[h];
+    }
+  }
+}
+
+template <class T>
+void additive_global(const AdditiveCall<T>& call, const AdditiveOut<T>& out) {
+  const Index width = call.width();
+  AdditiveSaved<T>* const saved = out.saved;
+  T* const queries = pool_sequences(
+      call, call.query_shape(), call.inputs.query, [&](Index, Scratch&) { return call.w_q; },
+      saved == nullptr ? nullptr : &saved->query_weights);
+  const auto query_pool = [&](Index b) { return pool_of(queries, call.query_shape(), b); };
+  T* const keys = pool_sequences(
+      call, call.key_shape(), call.inputs.key,
+      [&](Index b, Scratch& scratch) { return fold_global_query(call, query_pool(b).mean, scratch); },
+      saved == nullptr ? nullptr : &saved->key_weights);
+  const auto key_pool = [&](Index b) { return pool_of(keys, call.key_shape(), b); };
+
+  call.work.for_each(call.stretches.count(), [&](Index s, Scratch& scratch) {
+    const Stretch& stretch = call.stretches[s];
+    const SoftmaxPool<T> query = query_pool(stretch.sequence);
+    const SoftmaxPool<T> key = key_pool(stretch.sequence);
+    T* const global_key = scratch.take<T>(width);
+    for (Index c = 0; c < width; ++c) global_key[c] = query.mean[c] * key.mean[c];
+    const bool seen = key.sum[0] != T(0);
+    write_rows(call, out, stretch, scratch, [&](Index) { return seen ? global_key : nullptr; });
+    if (saved == nullptr) return;
+    scores_to_weights(call, stretch, query, saved->query_weights);
+    scores_to_weights(call, stretch, key, saved->key_weights);
+  });
+  for (Index b = 0; saved != nullptr && b < call.stretches.sequences(); ++b) {
+    std::copy_n(query_pool(b).mean, width, saved->query_means.row(b).data());
+    std::copy_n(key_pool(b).mean, width, saved->key_means.row(b).data());
+  }
+}
+
+/// The gradient of pool_sequences: grad_rows = start (zero where it has no rows) + what reaches the rows through the
+/// means and the scores. parts gets the gradient of each stretch's weights.
+template <class T, class WeightsOf>
+void pool_sequences_backward(const AdditiveCall<T>& call, const PoolingShape& shape, Tokens<const T> rows,
+                             WeightsOf&& weights_of, const Matrix<T>& token_weights, const Matrix<T>& means,
+                             const T* grad_means, Tokens<const T> start, Tokens<T> grad_rows, T* parts) {
+  const Index padded = shape.padded();
+  call.work.for_each(call.stretches.count(), [&](Index s, Scratch& scratch) {
+    const Stretch& stretch = call.stretches[s];
+    const T* const mean = means.row(stretch.sequence).data();
+    const T* const grad_mean = grad_means + stretch.sequence * shape.width();
+    const T* const weights = weights_of(stretch.sequence, scratch);
+    T* const grad_weights = parts + s * padded * shape.cols();
+    std::fill_n(grad_weights, padded * shape.cols(), T(0));
+    T* const center = scratch.take<T>(padded);
+    for (Index h = 0; h < shape.heads; ++h) {
+      center[h] = dot(mean + h * shape.dim, grad_mean + h * shape.dim, shape.dim);
+    }
+    T* const weight = scratch.take<T>(strand_block * padded);
+    for_each_strand_block(
+        stretch, [&](Index token) { return call.sees(token); },
+        [&](const Index* token, Index count) {
+          for (Index i = 0; i < count; ++i) {
+            std::copy_n(token_weights.row(token[i]).data(), padded, weight + i * padded);
+          }
+          pool_backward<T>(shape, weights, {rows, token, count}, weight, center, grad_mean, start, grad_rows,
+                           grad_weights);
+        });
+    for (Index i = stretch.first; i < stretch.end(); ++i) {
+      if (call.sees(i)) continue;
+      if (start.data() == nullptr) {
+        std::fill_n(grad_rows.row(i), shape.cols(), T(0));
+      } else {
+        std::copy_n(start.row(i), shape.cols(), grad_rows.row(i));
+      }
+    }
+  });
+}
+
+/// The gradient of fold_global_query, from that of the folded weights: adds to grad_global_queries, and writes that of
+/// w_k. `parts` is used up.
+template <class T>
+void fold_backward(const AdditiveCall<T>& call, const Matrix<T>& global_queries, T* parts, T* grad_global_queries,
+                   Tokens<T> grad_w_k) {
+  const PoolingShape shape = call.key_shape();
+  const Index width = call.width();
+  const Index size = shape.padded() * shape.cols();
+  // The sum of a sequence's parts takes the place of the first.
+  const auto sum_of = [&](Index b) { return parts + call.stretches.of(b).first * size; };
+  call.work.for_each(call.stretches.sequences(), [&](Index b, Scratch&) {
+    const Range stretches = call.stretches.of(b);
+    if (stretches.count() == 0) return;
+    T* const sum = sum_of(b);
+    for (Index s = stretches.first + 1; s < stretches.end; ++s) {
+      for (Index i = 0; i < size; ++i) sum[i] += parts[s * size + i];
+    }
+    T* const grad = grad_global_queries + b * width;
+    for (Index row = 0; row < shape.heads; ++row) {
+      for (Index h = 0; h < shape.heads; ++h) {
+        const T* const folded = sum + row * shape.cols() + shape.column(h);
+        const Index at = h * shape.dim;
+        for (Index c = 0; c < shape.dim; ++c) grad[at + c] += call.w_k[row * width + at + c] * folded[c];
+      }
+    }
+  });
+  call.work.for_each(shape.heads, [&](Index row, Scratch&) {
+    std::fill_n(grad_w_k.row(row), width, T(0));
+    for (Index b = 0; b < call.stretches.sequences(); ++b) {
+      if (call.stretches.of(b).count() == 0) continue;
+      for (Index h = 0; h < shape.heads; ++h) {
+        const T* const folded = sum_of(b) + row * shape.cols() + shape.column(h);
+        const Index at = h * shape.dim;
+        for (Index c = 0; c < shape.dim; ++c) grad_w_k(row, at + c) += folded[c] * global_queries(b, at + c);
+      }
+    }
+  });
+}
+
+template <class T>
+void additive_global_backward(const AdditiveCall<T>& call, const AdditiveGradients<T>& grad) {
+  const Index width = call.width();
+  const Stretches& stretches = call.stretches;
+  const AdditiveSaved<T>& saved = grad.saved;
+  Work& work = call.work;
+  T* const global_keys = work.take<T>(stretches.sequences() * width);
+  T* const parts = work.take<T>(stretches.count() * width);
+  T* const grad_mean_keys = work.take<T>(stretches.sequences() * width);
+  T* const grad_global_queries = work.take<T>(stretches.sequences() * width);
+  T* const weight_parts = work.take<T>(stretches.count() * call.query_shape().padded() * width);
+  for (Index b = 0; b < stretches.sequences(); ++b) {
+    for (Index c = 0; c < width; ++c) global_keys[b * width + c] = saved.query_means(b, c) * saved.key_means(b, c);
+  }
+
+  work.for_each(stretches.count(), [&](Index s, Scratch&) {
+    const T* const global_key = global_keys + stretches[s].sequence * width;
+    T* const grad_global_key = parts + s * width;
+    std::fill_n(grad_global_key, width, T(0));
+    for_each_strand_block(
+        stretches[s], [](Index) { return true; },
+        [&](const Index* tokens, Index count) {
+          for (Index i = 0; i < count; ++i) {
+            const Index token = tokens[i];
+            T* const grad_value = grad.inputs.value.row(token);
+            if (reads_value(call, grad, token)) {
+              blend_row_backward(call.heads, global_key, call.inputs.value.row(token), grad.u.row(token), grad_value,
+                                 grad_global_key, grad_global_key);
+            } else {
+              std::fill_n(grad_value, call.heads.value_cols(), T(0));
+            }
+          }
+        });
+  });
+  if (grad.w_t.data() != nullptr) {
+    transform_weights_backward(call, grad, [&](Index token, const Stretch& stretch, Index first, Index count, T* u) {
+      const bool read = reads_value(call, grad, token);
+      const T* const global_key = global_keys + stretch.sequence * width;
+      const T* const value = call.inputs.value.row(token);
+      for (Index i = 0, c = first; i < count; ++i, ++c) {
+        u[i] = read ? global_key[c] * value[call.key_shape().column(c / call.heads.dim) + c % call.heads.dim] : T(0);
+      }
+    });
+  }
+
+  // gk = gq * mean_key.
+  for (Index b = 0; b < stretches.sequences(); ++b) {
+    for (Index c = 0; c < width; ++c) {
+      T sum = T(0);
+      for (Index s = stretches.of(b).first; s < stretches.of(b).end; ++s) sum += parts[s * width + c];
+      grad_global_queries[b * width + c] = sum * saved.key_means(b, c);
+      grad_mean_keys[b * width + c] = sum * saved.query_means(b, c);
+    }
+  }
+  pool_sequences_backward(
+      call, call.key_shape(), call.inputs.key,
+      [&](Index b, Scratch& scratch) { return fold_global_query(call, saved.query_means.row(b).data(), scratch); },
+      saved.key_weights, saved.key_means, grad_mean_keys, {}, grad.inputs.key, weight_parts);
+  fold_backward(call, saved.query_means, weight_parts, grad_global_queries, grad.w_k);
+  pool_sequences_backward(
+      call, call.query_shape(), call.inputs.query, [&](Index, Scratch&) { return call.w_q; }, saved.query_weights,
+      saved.query_means, grad_global_queries, call.add_query ? grad.out : Tokens<const T>{}, grad.inputs.query,
+      weight_parts);
+  sum_weight_gradients(call, weight_parts, grad.w_q);
+}
+
+}  // namespace detail
+}  // namespace NEARFAR_VERSION_NAMESPACE
+}  // namespace nearfar

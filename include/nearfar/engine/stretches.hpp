@@ -1,0 +1,86 @@
+#pragma once
+
+#include <nearfar/context.hpp>
+#include <nearfar/mask.hpp>
+
+#include <algorithm>
+
+namespace nearfar {
+inline namespace NEARFAR_VERSION_NAMESPACE {
+namespace detail {
+
+/// Tokens of one sequence that one task of a streaming pass goes through.
+struct Stretch {
+  Index sequence;
+  Index first;  ///< among the rows of the batch
+  Index count;
+
+  Index end() const { return first + count; }
+};
+
+/// All sequences of a batch, divided into stretches by their lengths alone: sums over stretches, taken in order, do not
+/// depend on threads. An empty sequence has none.
+class Stretches {
+ public:
+  /// length(tokens) is how many tokens a stretch has in a sequence of `tokens`; the last may have fewer.
+  template <class Scalar, class Length>
+  Stretches(Work& work, const Inputs<Scalar>& inputs, Length&& length)
+      : sequences_(sequence_count(inputs)), begin_(work.take<Index>(sequences_ + 1)) {
+    begin_[0] = 0;
+    for (Index b = 0; b < sequences_; ++b) {
+      const Index tokens = sequence(inputs, b).query_count;
+      begin_[b + 1] = begin_[b] + (tokens + length(tokens) - 1) / length(tokens);
+    }
+    stretches_ = work.take<Stretch>(count());
+    for (Index b = 0; b < sequences_; ++b) {
+      const Sequence rows = sequence(inputs, b);
+      const Index each = length(rows.query_count);
+      for (Index i = 0; i * each < rows.query_count; ++i) {
+        stretches_[begin_[b] + i] = {b, rows.query_begin + i * each, std::min(each, rows.query_count - i * each)};
+      }
+    }
+  }
+
+  Index count() const { return begin_[sequences_]; }
+  const Stretch& operator[](Index s) const { return stretches_[s]; }
+
+  Index sequences() const { return sequences_; }
+
+  /// The stretches of sequence b.
+  Range of(Index b) const { return {begin_[b], begin_[b + 1]}; }
+
+ private:
+  Index sequences_;
+  Index* begin_;
+  Stretch* stretches_;
+};
+
+/// Tokens that are read in turn from this many places of a stretch, its strands: memory serves one reader of several
+/// streams half as fast again as a reader of one.
+inline constexpr Index strands = 3;
+
+/// Tokens of a strand. A block of `strands * strand_tokens` is the most that is listed at a time.
+inline constexpr Index strand_tokens = 128;
+inline constexpr Index strand_block = strands * strand_tokens;
+
+/// Calls visit(numbers, count) with the numbers of those tokens of a stretch that `wanted(token)`, up to strand_block
+/// of them at a time, in the order of strands.
+template <class Wanted, class Visit>
+void for_each_strand_block(const Stretch& stretch, Wanted&& wanted, Visit&& visit) {
+  Index tokens[strand_block];
+  for (Index first = stretch.first; first < stretch.end(); first += strand_block) {
+    const Index count = std::min(strand_block, stretch.end() - first);
+    const Index each = (count + strands - 1) / strands;
+    Index listed = 0;
+    for (Index i = 0; i < each; ++i) {
+      for (Index j = i; j < count; j += each) {
+        if (wanted(first + j)) tokens[listed++] = first + j;
+      }
+    }
+    visit(static_cast<const Index*>(tokens), listed);
+  }
+}
+
+}  // namespace detail
+}  // namespace NEARFAR_VERSION_NAMESPACE
+}  // namespace nearfar
