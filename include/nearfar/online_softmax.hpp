@@ -69,9 +69,10 @@ struct OnlineSoftmax {
   }
 
   /// Writes the attention of `count` queries, value / sum, to the rows of out, and where `log_sum_exp` is not null its
-  /// natural logarithm form beside. A query that saw no key gets zeros and -infinity. Uses up the triple.
+  /// natural logarithm form beside. `factor` multiplies each feature, unless null. A query that saw no key gets zeros
+  /// and -infinity. Uses up the triple.
   template <class Out>
-  void finish(Index count, Out* out, Index out_stride, Out* log_sum_exp) {
+  void finish(Index count, Out* out, Index out_stride, Out* log_sum_exp, const T* factor = nullptr) {
     for (Index i = 0; i < count; ++i) {
       if (log_sum_exp != nullptr) {
         log_sum_exp[i] = sum[i] == T(0) ? -infinity<T> : Out(ln_2<T> * max[i] + std::log(sum[i]));
@@ -82,7 +83,8 @@ struct OnlineSoftmax {
       const Packet<T> inverse = ploadu<Packet<T>>(sum + v * lanes<T>);
       for (Index c = 0; c < value_dim; ++c) {
         T* o = value + c * width + v * lanes<T>;
-        pstoreu(o, pmul(ploadu<Packet<T>>(o), inverse));
+        const Packet<T> share = factor == nullptr ? inverse : pmul(inverse, pset1<Packet<T>>(factor[c]));
+        pstoreu(o, pmul(ploadu<Packet<T>>(o), share));
       }
     }
     transpose(value, width, value_dim, count, T(1), out, out_stride);

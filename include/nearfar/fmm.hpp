@@ -1,0 +1,161 @@
+#pragma once
+
+#include <nearfar/detail/checks.hpp>
+#include <nearfar/engine/window_attention.hpp>
+#include <nearfar/linear.hpp>
+
+#include <cmath>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace nearfar {
+inline namespace NEARFAR_VERSION_NAMESPACE {
+
+/// What a blend weight passes through before it multiplies: the logistic sigmoid, as in the paper, or nothing, as in
+/// the authors' code.
+enum class Gate { sigmoid, identity };
+
+/// Whether each head and feature has a blend weight of its own, each head has one, or all share one.
+enum class BlendWeights { per_feature, per_head, shared };
+
+struct FmmOptions {
+  /// How far a query sees in the near field, both ends inclusive; the default is the paper's band 30.
+  Window window = {29, 29};
+  /// At least one; each has a far field and a blend weight of its own.
+  std::vector<AnyFeatureMap> feature_maps = {feature_map::Elu{}};
+  /// Hides later keys, from the near field and from the far field.
+  bool causal = false;
+  /// What query . key is multiplied by in the near field; 1 / sqrt(dim) unless given.
+  std::optional<double> scale = {};
+  Normalizer normalizer = Normalizer::row_sum;
+  /// Added to the row sums of the far field; 0 or more.
+  double eps = 1e-6;
+  /// Divides the features of each query and key, a head, by their sum.
+  bool normalize_features = false;
+  Gate gate = Gate::sigmoid;
+  BlendWeights weights = BlendWeights::per_feature;
+};
+
+/// The blend weights, before the gate: of the near field, and of the far field of each feature map. Each is
+/// heads.query x value_dim, or heads.query x 1 per head, or 1 x 1 shared.
+template <class T>
+struct FmmParameters {
+  Matrix<T> near;
+  std::vector<Matrix<T>> far;
+
+  template <class Visit>
+  void for_each(Visit&& visit) {
+    visit(std::string("w_near"), near);
+    for (std::size_t r = 0; r < far.size(); ++r) visit("w_far_" + std::to_string(r), far[r]);
+  }
+};
+
+/// Attention as the fast multipole method has it: a near field that is exact within a window, and a far field of low
+/// rank, blended with learned weights.
+///
+///   out_i = g(w_near) * banded_i + sum_r g(w_far_r) * linear_ri      element by element, for each head
+///
+/// with banded as in banded.hpp, linear_r as in linear.hpp for feature map r alone, weights that are the same for all
+/// tokens, and the gate g. New weights are w_near = 0 and w_far = 1, as in the paper.
+///
+/// Shapes as Softmax. Time and memory beside inputs and out: the sum of Banded and Linear; each part is weighted where
+/// it is finished, and nothing of size n is kept. A second call of the same shapes allocates nothing. Masked keys are
+/// never read. A query that sees no key in the window gets the far field alone, and one that sees no key at all a zero
+/// row.
+/// Source: Nguyen et al., FMMformer, arXiv 2108.02347, equations 5, 9 and 11.
+template <class T>
+class Fmm {
+ public:
+  using Scalar = T;
+  using Options = FmmOptions;
+  using Parameters = FmmParameters<T>;
+
+  explicit Fmm(const Heads& heads, const Options& options = {})
+      : heads_(heads), options_(options), far_(checked(heads, options), linear_options(options)) {
+    parameters_.near.setZero(weight_rows(), weight_cols());
+    parameters_.far.assign(options.feature_maps.size(), Matrix<T>::Ones(weight_rows(), weight_cols()));
+  }
+
+  const Heads& heads() const { return heads_; }
+  const Options& options() const { return options_; }
+  const Parameters& parameters() const { return parameters_; }
+  Parameters& parameters() { return parameters_; }
+
+  void forward(const Inputs<T>& inputs, Tokens<T> out, Context& context = default_context()) const {
+    detail::check_inputs<T>(name, heads_, inputs, out, detail::Lengths::any);
+    check_parameters(parameters_, "");
+    detail::Work work(context);
+    const Gates gates = open_gates(work);
+    detail::window_attention(work, heads_, window(), scale(), inputs, out, static_cast<T*>(nullptr), gates.near);
+    far_.sum().forward({.inputs = inputs, .out = out, .weights = gates.far, .add = true}, work);
+  }
+
+ private:
+  static constexpr const char* name = "Fmm";
+
+  /// g(w) for every head and feature: heads.query x value_dim, and as many rows for each feature map.
+  struct Gates {
+    Tokens<const T> near;
+    Tokens<const T> far;
+  };
+
+  static const Heads& checked(const Heads& heads, const Options& options) {
+    detail::check_heads(name, heads);
+    detail::check_scale(name, options.scale);
+    detail::check_window(name, options.window);
+    detail::check_linear(name, linear_options(options));
+    return heads;
+  }
+
+  static LinearOptions linear_options(const Options& options) {
+    return {.feature_maps = options.feature_maps,
+            .causal = options.causal,
+            .normalizer = options.normalizer,
+            .eps = options.eps,
+            .normalize_features = options.normalize_features};
+  }
+
+  Window window() const { return options_.causal ? options_.window.causal() : options_.window; }
+  double scale() const { return detail::scale_or_default(options_.scale, heads_); }
+
+  T gate(T weight) const { return options_.gate == Gate::identity ? weight : T(1) / (T(1) + std::exp(-weight)); }
+
+  Gates open_gates(detail::Work& work) const {
+    const Index rows = heads_.query, cols = heads_.value_width();
+    const Index maps = static_cast<Index>(options_.feature_maps.size());
+    const Tokens<T> gates(work.take<T>((1 + maps) * rows * cols), (1 + maps) * rows, cols, cols);
+    const auto open = [&](const Matrix<T>& weights, Index first) {
+      for (Index h = 0; h < rows; ++h) {
+        for (Index c = 0; c < cols; ++c) {
+          gates(first + h, c) = gate(weights(weights.rows() == 1 ? 0 : h, weights.cols() == 1 ? 0 : c));
+        }
+      }
+    };
+    open(parameters_.near, 0);
+    for (Index r = 0; r < maps; ++r) open(parameters_.far[static_cast<std::size_t>(r)], (1 + r) * rows);
+    return {gates.middle_rows(0, rows), gates.middle_rows(rows, maps * rows)};
+  }
+
+  Index weight_rows() const { return options_.weights == BlendWeights::shared ? 1 : heads_.query; }
+  Index weight_cols() const { return options_.weights == BlendWeights::per_feature ? heads_.value_width() : 1; }
+
+  void check_parameters(const Parameters& p, std::string_view of) const {
+    detail::require(p.far.size() == options_.feature_maps.size(), name, of, "w_far must be ",
+                    options_.feature_maps.size(), " matrices, one a feature map, but is ", p.far.size(), ".");
+    const auto check = [&](const std::string& matrix, const Matrix<T>& m) {
+      detail::require(m.rows() == weight_rows() && m.cols() == weight_cols(), name, of, matrix, " must be ",
+                      weight_rows(), " x ", weight_cols(), ", but is ", m.rows(), " x ", m.cols(), ".");
+    };
+    check("w_near", p.near);
+    for (std::size_t r = 0; r < p.far.size(); ++r) check("w_far_" + std::to_string(r), p.far[r]);
+  }
+
+  Heads heads_;
+  Options options_;
+  Linear<T> far_;
+  Parameters parameters_;
+};
+
+}  // namespace NEARFAR_VERSION_NAMESPACE
+}  // namespace nearfar
