@@ -1,11 +1,7 @@
 #include "measure.hpp"
 
-#include <nearfar/additive.hpp>
-#include <nearfar/banded.hpp>
-#include <nearfar/linear.hpp>
-#include <nearfar/multipole.hpp>
 #include <nearfar/nearfar.hpp>
-#include <nearfar/softmax.hpp>
+#include <nearfar/nystrom.hpp>
 
 #include <memory>
 #include <utility>
@@ -107,11 +103,19 @@ void add_linear(Suite& suite, bool causal) {
                  }});
 }
 
+void add_nystrom(Suite& suite) {
+  constexpr Index landmarks = 64;
+  add_attention(suite, nearfar::Nystrom<float>(standard_heads, {.landmarks = landmarks}),
+                {.mechanism = "nystrom", .reach = {65536, 65536}, .flops = [=](Index n) {
+                   return flops_of_nystrom(standard_heads, n, landmarks);
+                 }});
+}
+
 /// The core takes query, key and value as they come; with the transform it is the published layer.
 void add_additive(Suite& suite, const char* mechanism, bool causal, bool transform) {
   nearfar::Additive<float> attention(standard_heads, {.causal = causal, .transform = transform});
-  fill(attention.parameters().w_q, standard_heads.query, standard_heads.query_cols(), 5);
-  fill(attention.parameters().w_k, standard_heads.query, standard_heads.query_cols(), 6);
+  fill(attention.parameters().w_q, standard_heads.query, standard_heads.query_cols(), 4);
+  fill(attention.parameters().w_k, standard_heads.query, standard_heads.query_cols(), 5);
   add_attention(
       suite, std::move(attention),
       {.mechanism = mechanism,
@@ -139,6 +143,7 @@ void add_forward_and_backward(Suite& suite) {
     add_banded(suite, "banded_30", {29, 29}, causal);  // the FMMformer paper's bands, |i - j| < 30 and < 5
     add_banded(suite, "banded_5", {4, 4}, causal);
     add_linear(suite, causal);
+    if (!causal) add_nystrom(suite);
     add_additive(suite, "additive", causal, false);
     add_additive(suite, "additive_transform", causal, true);
     add_multipole(suite, "multipole", {.block = 64, .rank = 4, .causal = causal});
