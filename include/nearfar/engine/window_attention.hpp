@@ -1,6 +1,7 @@
 #pragma once
 
 #include <nearfar/detail/tiles.hpp>
+#include <nearfar/engine/few_queries.hpp>
 #include <nearfar/engine/query_tile.hpp>
 
 namespace nearfar {
@@ -68,11 +69,13 @@ void window_attention_in_panels(Work& work, const Heads& heads, Window window, d
   });
 }
 
-/// As above, with the panels that suit the window. A panel visits the keys that any of its queries sees: where the
-/// window is not much wider than the panel, a narrower panel wastes less.
+/// As above, by the way that suits the number of queries and the window. A panel visits the keys that any of its
+/// queries sees: where the window is not much wider than the panel, a narrower panel wastes less.
 template <class Scalar>
 void window_attention(Work& work, const Heads& heads, Window window, double scale, const Inputs<Scalar>& inputs,
                       Tokens<Scalar> out, Scalar* log_sum_exp, Tokens<const Accumulator<Scalar>> factors = {}) {
+  const FewQueries<Scalar> few(heads, window, scale, inputs, factors);
+  if (few.suits()) return few.attend(work, out, log_sum_exp);
   constexpr Index wide = 2 * lanes<Accumulator<Scalar>>;
   const bool narrow =
       std::min(window.left, Window::unlimited) + std::min(window.right, Window::unlimited) < 16 * wide ||

@@ -1,0 +1,190 @@
+#pragma once
+
+#include <nearfar/context.hpp>
+#include <nearfar/mask.hpp>
+#include <nearfar/online_softmax.hpp>
+
+#include <algorithm>
+#include <cmath>
+
+namespace nearfar {
+inline namespace NEARFAR_VERSION_NAMESPACE {
+namespace detail {
+
+/// Softmax attention of a few queries over many keys: one step of decoding.
+///
+/// With so little arithmetic for each key the keys and values are read just once and in the order in which they lie,
+/// all heads of a row together, first the keys for the scores, then the values. Keys are cut into segments of fixed
+/// length, the tasks that threads share; the triples (max, sum, value) that the segments leave are merged in order.
+template <class Scalar>
+class FewQueries {
+ public:
+  using T = Accumulator<Scalar>;
+
+  /// Beyond so many queries in a sequence, a tile with queries on the vector lanes does the same work in less time.
+  static constexpr Index most = 4;
+
+  /// Where `factors` (heads.query x value_dim) has rows, the features of out are multiplied by it.
+  FewQueries(const Heads& heads, Window window, double scale, const Inputs<Scalar>& inputs, Tokens<const T> factors)
+      : heads_(heads), window_(window), scale_(scale), inputs_(inputs), factors_(factors) {
+    for (Index b = 0; b < sequence_count(inputs); ++b) {
+      const Sequence rows = sequence(inputs, b);
+      queries_ = std::max(queries_, rows.query_count);
+      segments_ = std::max(segments_, (seen(rows).count() + segment_keys - 1) / segment_keys);
+    }
+  }
+
+  /// Whether the inputs are of this kind.
+  bool suits() const { return queries_ <= most; }
+
+  void attend(Work& work, Tokens<Scalar> out, Scalar* log_sum_exp) const {
+    const Index sequences = sequence_count(inputs_);
+    T* triples = work.take<T>(sequences * segments_ * queries_ * heads_.query * triple_size());
+    work.for_each(sequences * segments_, [&](Index task, Scratch& scratch) {
+      attend_segment(sequence(inputs_, task / segments_), task % segments_, triples + task * triples_size(), scratch);
+    });
+    work.for_each(sequences, [&](Index b, Scratch&) {
+      merge(sequence(inputs_, b), triples + b * segments_ * triples_size(), out, log_sum_exp);
+    });
+  }
+
+ private:
+  static constexpr Index segment_keys = 1024;
+
+  Range seen(const Sequence& rows) const {
+    if (rows.query_count == 0) return {};
+    return Band(window_, rows.query_count, rows.key_count).seen_by_any(0, rows.query_count);
+  }
+
+  // A triple: the value, then the maximum and the sum, in units of log 2 as in OnlineSoftmax.
+  Index triple_size() const { return heads_.value_width() + 2; }
+  Index triples_size() const { return queries_ * heads_.query * triple_size(); }
+
+  void attend_segment(const Sequence& rows, Index segment, T* triples, Scratch& scratch) const {
+    const Band band(window_, rows.query_count, rows.key_count);
+    const std::uint8_t* mask = key_mask(inputs_, rows);
+    const Index first = seen(rows).first + segment * segment_keys;
+    const Index count = std::clamp<Index>(seen(rows).end - first, 0, segment_keys);
+    const auto hidden = [&](Index j) { return mask != nullptr && mask[first + j] == 0; };
+    const Index lists = rows.query_count * heads_.query;
+    T* weights = scratch.take<T>(lists * segment_keys);
+    T* query = scratch.take<T>(rows.query_count * heads_.query_cols());
+    for (Index i = 0; i < rows.query_count; ++i) {
+      const Scalar* from = inputs_.query.row(rows.query_begin + i);
+      T* to = query + i * heads_.query_cols();
+      for (Index c = 0; c < heads_.query_cols(); ++c) to[c] = T(scale_) * log2_e<T> * T(from[c]);
+    }
+
+    std::fill_n(weights, lists * segment_keys, -infinity<T>);
+    for (Index j = 0; j < count; ++j) {
+      if (hidden(j)) continue;
+      const Scalar* key = inputs_.key.row(rows.key_begin + first + j);
+      for (Index i = 0; i < rows.query_count; ++i) {
+        if (first + j < band.first(i) || first + j >= band.end(i)) continue;
+        for (Index h = 0; h < heads_.query; ++h) {
+          weights[(i * heads_.query + h) * segment_keys + j] =
+              dot(query + i * heads_.query_cols() + h * heads_.dim, key + h / heads_.group() * heads_.dim);
+        }
+      }
+    }
+    for (Index list = 0; list < lists; ++list) {
+      T* triple = triples + list * triple_size();
+      std::fill_n(triple, heads_.value_width(), T(0));
+      weigh(weights + list * segment_keys, triple[heads_.value_width()], triple[heads_.value_width() + 1]);
+    }
+    for (Index j = 0; j < count; ++j) {
+      if (hidden(j)) continue;
+      const Scalar* value = inputs_.value.row(rows.key_begin + first + j);
+      for (Index i = 0; i < rows.query_count; ++i) {
+        if (first + j < band.first(i) || first + j >= band.end(i)) continue;
+        for (Index h = 0; h < heads_.query; ++h) {
+          const Index list = i * heads_.query + h;
+          add(weights[list * segment_keys + j], value + h / heads_.group() * heads_.value_width(),
+              triples + list * triple_size());
+        }
+      }
+    }
+  }
+
+  T dot(const T* query, const Scalar* key) const {
+    T sum = 0;
+    Index c = 0;
+    if constexpr (std::is_same_v<T, Scalar>) {
+      Packet<T> sums = pset1<Packet<T>>(T(0));
+      for (; c + lanes<T> <= heads_.dim; c += lanes<T>) {
+        sums = pmadd(ploadu<Packet<T>>(query + c), ploadu<Packet<T>>(key + c), sums);
+      }
+      sum = Eigen::internal::predux(sums);
+    }
+    for (; c < heads_.dim; ++c) sum += query[c] * T(key[c]);
+    return sum;
+  }
+
+  // value += weight * row
+  void add(T weight, const Scalar* row, T* value) const {
+    Index c = 0;
+    if constexpr (std::is_same_v<T, Scalar>) {
+      const Packet<T> factor = pset1<Packet<T>>(weight);
+      for (; c + lanes<T> <= heads_.value_width(); c += lanes<T>) {
+        pstoreu(value + c, pmadd(factor, ploadu<Packet<T>>(row + c), ploadu<Packet<T>>(value + c)));
+      }
+    }
+    for (; c < heads_.value_width(); ++c) value[c] += weight * T(row[c]);
+  }
+
+  // Turns a list of scores into weights 2^(score - max) and gives their maximum and sum.
+  static void weigh(T* scores, T& max, T& sum) {
+    static_assert(segment_keys % lanes<T> == 0);
+    max = *std::max_element(scores, scores + segment_keys);
+    const Packet<T> shift = pset1<Packet<T>>(max == -infinity<T> ? T(0) : max);
+    Packet<T> sums = pset1<Packet<T>>(T(0));
+    for (Index j = 0; j < segment_keys; j += lanes<T>) {
+      const Packet<T> weight = exp2<T>(psub(ploadu<Packet<T>>(scores + j), shift));
+      pstoreu(scores + j, weight);
+      sums = padd(sums, weight);
+    }
+    sum = Eigen::internal::predux(sums);
+  }
+
+  void merge(const Sequence& rows, T* triples, Tokens<Scalar> out, Scalar* log_sum_exp) const {
+    const Index width = heads_.value_width();
+    for (Index i = 0; i < rows.query_count; ++i) {
+      for (Index h = 0; h < heads_.query; ++h) {
+        const auto triple = [&](Index s) {
+          return triples + s * triples_size() + (i * heads_.query + h) * triple_size();
+        };
+        T max = -infinity<T>;
+        for (Index s = 0; s < segments_; ++s) max = std::max(max, triple(s)[width]);
+        T sum = 0;
+        Scalar* row = out.row(rows.query_begin + i) + h * width;
+        T* total = segments_ > 0 ? triple(0) : nullptr;
+        for (Index s = 0; s < segments_; ++s) {
+          const T* part = triple(s);
+          const T factor = part[width] == -infinity<T> ? T(0) : std::exp2(part[width] - max);
+          sum += factor * part[width + 1];
+          for (Index c = 0; c < width; ++c) total[c] = factor * part[c] + (s == 0 ? T(0) : total[c]);
+        }
+        for (Index c = 0; c < width; ++c) {
+          const T factor = factors_.rows() == 0 ? T(1) : factors_(h, c);
+          row[c] = sum == T(0) ? Scalar(0) : Scalar(factor * (total[c] / sum));
+        }
+        if (log_sum_exp != nullptr) {
+          log_sum_exp[h * inputs_.query.rows() + rows.query_begin + i] =
+              sum == T(0) ? -infinity<Scalar> : Scalar(ln_2<T> * max + std::log(sum));
+        }
+      }
+    }
+  }
+
+  const Heads& heads_;
+  Window window_;
+  double scale_;
+  const Inputs<Scalar>& inputs_;
+  Tokens<const T> factors_;
+  Index queries_ = 0;
+  Index segments_ = 0;
+};
+
+}  // namespace detail
+}  // namespace NEARFAR_VERSION_NAMESPACE
+}  // namespace nearfar
