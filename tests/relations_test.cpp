@@ -1,4 +1,5 @@
 #include <nearfar/banded.hpp>
+#include <nearfar/fmm.hpp>
 #include <nearfar/multipole.hpp>
 #include <nearfar/nystrom.hpp>
 #include <nearfar/softmax.hpp>
@@ -54,6 +55,28 @@ TEST_P(Relations, MultipoleIsSoftmaxWhereOneLevelHasFullRank) {
     const auto sample = masked_sample(n);
     const Multipole<double> multipole(heads, {.block = 8, .rank = 8, .causal = GetParam()});
     EXPECT_TRUE(close(run_forward(multipole, sample), softmax(sample, GetParam()), 1e-13)) << n;
+  }
+}
+
+TEST_P(Relations, FmmWithoutFarFieldIsBanded) {
+  const Window window{3, 6};
+  Fmm<double> fmm(heads, {.window = window, .causal = GetParam(), .gate = Gate::identity});
+  fmm.parameters().near.setOnes();
+  fmm.parameters().far[0].setZero();
+  const Banded<double> banded(heads, {.window = window, .causal = GetParam()});
+  for (const Index n : {1, 2, 40, 131}) {
+    const auto sample = masked_sample(n);
+    EXPECT_TRUE(close(run_forward(fmm, sample), run_forward(banded, sample), 1e-13)) << n;
+  }
+}
+
+TEST_P(Relations, FmmWithoutNearFieldIsLinear) {
+  Fmm<double> fmm(heads, {.causal = GetParam(), .gate = Gate::identity});
+  fmm.parameters().near.setZero();
+  const Linear<double> linear(heads, {.causal = GetParam()});
+  for (const Index n : {1, 2, 40, 131}) {
+    const auto sample = masked_sample(n);
+    EXPECT_TRUE(close(run_forward(fmm, sample), run_forward(linear, sample), 1e-13)) << n;
   }
 }
 

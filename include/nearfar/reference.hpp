@@ -113,7 +113,7 @@ Matrix<T> linear(const Heads& heads, const Inputs<T>& inputs, const LinearTerms<
 // ---------------------------------------------------------------------------------------------------------------------
 // Fmm.
 
-/// The weights are heads.query x dim, as they multiply: after the sigmoid, if there is one.
+/// The weights are heads.query x value_dim, as they multiply: after the sigmoid, if there is one.
 template <class T>
 struct FmmTerms {
   Window window;  ///< of the near field; linear.causal hides later keys from it too

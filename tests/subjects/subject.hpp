@@ -10,6 +10,7 @@
 #include <map>
 #include <memory>
 #include <ostream>
+#include <stdexcept>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -35,6 +36,13 @@ class Subject {
   /// `each_parameter_gradient`.
   virtual void train(const Inputs<T>& inputs, Tokens<T> out, Tokens<const T> grad_out,
                      const InputGradients<T>& gradients, Context& context) = 0;
+
+  /// False where the mechanism has no stream with these options; then `start` and `extend` must not be called.
+  virtual bool can_stream() const = 0;
+
+  /// Begins a stream anew, and appends tokens to it.
+  virtual void start() = 0;
+  virtual void extend(const Inputs<T>& inputs, Tokens<T> out, Context& context) = 0;
 
   using Visit = std::function<void(const std::string& name, Matrix<T>& matrix)>;
   virtual void each_parameter(const Visit& visit) = 0;
@@ -104,6 +112,25 @@ inline std::vector<SubjectCase>& subject_cases() {
 /// For INSTANTIATE_TEST_SUITE_P(All, ..., ValuesIn(subject_cases()), subject_name).
 inline std::string subject_name(const ::testing::TestParamInfo<SubjectCase>& info) { return info.param.name; }
 
+/// What a mechanism keeps between calls, or nothing where it keeps nothing.
+struct Nothing {};
+template <class A>
+struct SavedOf {
+  using type = Nothing;
+};
+template <DifferentiableAttention A>
+struct SavedOf<A> {
+  using type = typename A::Saved;
+};
+template <class A>
+struct StateOf {
+  using type = Nothing;
+};
+template <StreamingAttention A>
+struct StateOf<A> {
+  using type = typename A::State;
+};
+
 /// A Subject made of an attention.
 template <class A>
 class SubjectOf final : public Subject<typename A::Scalar> {
@@ -132,12 +159,33 @@ class SubjectOf final : public Subject<typename A::Scalar> {
     }
   }
 
+  bool can_stream() const override {
+    if constexpr (StreamingAttention<A>) {
+      try {
+        attention_.start();
+        return true;
+      } catch (const std::invalid_argument&) {
+      }
+    }
+    return false;
+  }
+
+  void start() override {
+    if constexpr (StreamingAttention<A>) state_ = attention_.start();
+  }
+
+  void extend([[maybe_unused]] const Inputs<T>& inputs, [[maybe_unused]] Tokens<T> out,
+              [[maybe_unused]] Context& context) override {
+    if constexpr (StreamingAttention<A>) attention_.extend(state_, inputs, out, context);
+  }
+
   void each_parameter(const typename Subject<T>::Visit& visit) override { attention_.parameters().for_each(visit); }
   void each_parameter_gradient(const typename Subject<T>::Visit& visit) override { grad_parameters_.for_each(visit); }
 
  private:
   A attention_;
-  typename A::Saved saved_{};
+  typename SavedOf<A>::type saved_{};
+  typename StateOf<A>::type state_{};
   typename A::Parameters grad_parameters_ = attention_.parameters();
 };
 
