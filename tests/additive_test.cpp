@@ -91,9 +91,9 @@ TEST(Additive, FollowsTheDefinitionAtEveryLengthAndForAllHeads) {
   for (const bool causal : {false, true}) {
     for (const Heads& heads : many_heads) {
       const auto attention = make<double>(heads, {.causal = causal});
-      for (const Index n : {0, 1, 2, 3, 4, 13, 127, 128, 129, 257, 400}) {
+      for (const Index n : {0, 1, 2, 3, 4, 13, 127, 128, 129, 257}) {
         for (const double hidden : {0.0, 0.5}) {
-          if (n > 130 && heads.dim > 16) continue;
+          if (n > 100 && heads.query_cols() > 50) continue;
           auto sample = random_sample<double>(heads, n, 3);
           if (hidden > 0) sample.key_mask = Random(4).mask(n, hidden);
           EXPECT_TRUE(close(run_forward(attention, sample), naive(attention, sample.inputs()), 1e-12))
