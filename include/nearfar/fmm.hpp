@@ -2,8 +2,10 @@
 
 #include <nearfar/detail/checks.hpp>
 #include <nearfar/engine/window_attention.hpp>
+#include <nearfar/engine/window_gradient.hpp>
 #include <nearfar/linear.hpp>
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <string>
@@ -71,6 +73,14 @@ class Fmm {
   using Options = FmmOptions;
   using Parameters = FmmParameters<T>;
 
+  /// The near field before it is weighted, of the shape of out; the log-sum-exp of its scores, heads.query x n_q; and
+  /// what Linear saves.
+  struct Saved {
+    Matrix<T> near;
+    Matrix<T> log_sum_exp;
+    Matrix<T> inverse_normalizer;
+  };
+
   explicit Fmm(const Heads& heads, const Options& options = {})
       : heads_(heads), options_(options), far_(checked(heads, options), linear_options(options)) {
     parameters_.near.setZero(weight_rows(), weight_cols());
@@ -89,6 +99,58 @@ class Fmm {
     const Gates gates = open_gates(work);
     detail::window_attention(work, heads_, window(), scale(), inputs, out, static_cast<T*>(nullptr), gates.near);
     far_.sum().forward({.inputs = inputs, .out = out, .weights = gates.far, .add = true}, work);
+  }
+
+  void forward(const Inputs<T>& inputs, Tokens<T> out, Saved& saved, Context& context = default_context()) const {
+    detail::check_inputs<T>(name, heads_, inputs, out, detail::Lengths::any);
+    check_parameters(parameters_, "");
+    detail::Work work(context);
+    const Gates gates = open_gates(work);
+    saved.near.resize(out.rows(), out.cols());
+    saved.log_sum_exp.resize(heads_.query, inputs.query.rows());
+    detail::window_attention(work, heads_, window(), scale(), inputs, Tokens<T>(saved.near), saved.log_sum_exp.data());
+    weigh(work, saved.near, gates.near, out);
+    far_.sum().forward({.inputs = inputs,
+                        .out = out,
+                        .weights = gates.far,
+                        .add = true,
+                        .inverse_normalizer = &saved.inverse_normalizer},
+                       work);
+  }
+
+  /// Memory beside inputs and gradients: one array of the size of out, and what the parts need.
+  void backward(const Inputs<T>& inputs, Tokens<const T> out, const Saved& saved, Tokens<const T> grad_out,
+                const InputGradients<T>& grad_inputs, Parameters& grad_parameters,
+                Context& context = default_context()) const {
+    const Index rows = inputs.query.rows();
+    detail::check_inputs<T>(name, heads_, inputs, out, detail::Lengths::any);
+    detail::check_gradients<T>(name, heads_, inputs, grad_out, grad_inputs);
+    check_parameters(parameters_, "");
+    check_parameters(grad_parameters, "the gradient of ");
+    detail::check_saved(name, "near", saved.near, rows, heads_.out_cols());
+    detail::check_saved(name, "log_sum_exp", saved.log_sum_exp, heads_.query, rows);
+    detail::check_saved(name, "inverse_normalizer", saved.inverse_normalizer, rows, maps() * heads_.query);
+    detail::Work work(context);
+    const Gates gates = open_gates(work);
+    const Tokens<T> grad_gates = take_gates(work);
+    grad_gates.matrix().setZero();
+
+    const Tokens<T> grad_near(work.take<T>(rows * heads_.out_cols()), rows, heads_.out_cols(), heads_.out_cols());
+    weigh(work, grad_out, gates.near, grad_near);
+    add_gate_gradient(work, saved.near, grad_out, grad_gates.middle_rows(0, heads_.query));
+    T* delta = work.take<T>(heads_.query * rows);
+    detail::softmax_delta<T>(work, heads_, saved.near, grad_near, delta);
+    detail::window_gradient<T>(work, heads_, window(), scale(), inputs, saved.log_sum_exp.data(), grad_near, delta,
+                               grad_inputs);
+    far_.sum().backward({.inputs = inputs,
+                         .grad_out = grad_out,
+                         .inverse_normalizer = saved.inverse_normalizer,
+                         .grad = grad_inputs,
+                         .weights = gates.far,
+                         .grad_weights = grad_gates.middle_rows(heads_.query, maps() * heads_.query),
+                         .add = true},
+                        work);
+    close_gates(gates, grad_gates, grad_parameters);
   }
 
  private:
@@ -121,20 +183,73 @@ class Fmm {
 
   T gate(T weight) const { return options_.gate == Gate::identity ? weight : T(1) / (T(1) + std::exp(-weight)); }
 
-  Gates open_gates(detail::Work& work) const {
-    const Index rows = heads_.query, cols = heads_.value_width();
-    const Index maps = static_cast<Index>(options_.feature_maps.size());
-    const Tokens<T> gates(work.take<T>((1 + maps) * rows * cols), (1 + maps) * rows, cols, cols);
-    const auto open = [&](const Matrix<T>& weights, Index first) {
-      for (Index h = 0; h < rows; ++h) {
-        for (Index c = 0; c < cols; ++c) {
-          gates(first + h, c) = gate(weights(weights.rows() == 1 ? 0 : h, weights.cols() == 1 ? 0 : c));
+  Index maps() const { return static_cast<Index>(options_.feature_maps.size()); }
+
+  Tokens<T> take_gates(detail::Work& work) const {
+    const Index rows = (1 + maps()) * heads_.query, cols = heads_.value_width();
+    return {work.take<T>(rows * cols), rows, cols, cols};
+  }
+
+  // Calls visit(weight, row, col) for every gate and the weight that opens it.
+  template <class P, class Visit>
+  void for_each_gate(P& parameters, Visit&& visit) const {
+    for (Index r = 0; r < 1 + maps(); ++r) {
+      auto& weights = r == 0 ? parameters.near : parameters.far[static_cast<std::size_t>(r - 1)];
+      for (Index h = 0; h < heads_.query; ++h) {
+        for (Index c = 0; c < heads_.value_width(); ++c) {
+          visit(weights(std::min(h, weights.rows() - 1), std::min(c, weights.cols() - 1)), r * heads_.query + h, c);
         }
       }
-    };
-    open(parameters_.near, 0);
-    for (Index r = 0; r < maps; ++r) open(parameters_.far[static_cast<std::size_t>(r)], (1 + r) * rows);
-    return {gates.middle_rows(0, rows), gates.middle_rows(rows, maps * rows)};
+    }
+  }
+
+  Gates open_gates(detail::Work& work) const {
+    const Tokens<T> gates = take_gates(work);
+    for_each_gate(parameters_, [&](T weight, Index row, Index col) { gates(row, col) = gate(weight); });
+    return {gates.middle_rows(0, heads_.query), gates.middle_rows(heads_.query, maps() * heads_.query)};
+  }
+
+  // The gradients of the weights from those of the gates.
+  void close_gates(const Gates& gates, Tokens<const T> grad_gates, Parameters& grad_parameters) const {
+    for_each_gate(grad_parameters, [&](T& grad_weight, Index row, Index col) {
+      const T g = row < heads_.query ? gates.near(row, col) : gates.far(row - heads_.query, col);
+      grad_weight += grad_gates(row, col) * (options_.gate == Gate::sigmoid ? g * (T(1) - g) : T(1));
+    });
+  }
+
+  // to_i = gate * from_i for every token.
+  void weigh(detail::Work& work, Tokens<const T> from, Tokens<const T> gate, Tokens<T> to) const {
+    const Eigen::Map<const Eigen::Array<T, 1, Eigen::Dynamic>> factor(gate.data(), to.cols());
+    for_each_block(work, to.rows(), [&](Index, Index first, Index count) {
+      to.middle_rows(first, count).matrix().array() =
+          from.middle_rows(first, count).matrix().array().rowwise() * factor;
+    });
+  }
+
+  // grad_gate += sum_i near_i * grad_out_i, block by block in their order.
+  void add_gate_gradient(detail::Work& work, Tokens<const T> near, Tokens<const T> grad_out,
+                         Tokens<T> grad_gate) const {
+    using Row = Eigen::Map<Eigen::Array<T, 1, Eigen::Dynamic>>;
+    const Index cols = near.cols();
+    T* partial = work.take<T>(blocks(near.rows()) * cols);
+    for_each_block(work, near.rows(), [&](Index block, Index first, Index count) {
+      Row sum(partial + block * cols, cols);
+      sum.setZero();
+      for (Index i = first; i < first + count; ++i) {
+        sum += near.middle_rows(i, 1).matrix().array() * grad_out.middle_rows(i, 1).matrix().array();
+      }
+    });
+    for (Index b = 0; b < blocks(near.rows()); ++b) Row(grad_gate.data(), cols) += Row(partial + b * cols, cols);
+  }
+
+  static constexpr Index block_rows = 512;
+  static Index blocks(Index rows) { return (rows + block_rows - 1) / block_rows; }
+
+  template <class Visit>
+  static void for_each_block(detail::Work& work, Index rows, Visit&& visit) {
+    work.for_each(blocks(rows), [&](Index block, detail::Scratch&) {
+      visit(block, block * block_rows, std::min(block_rows, rows - block * block_rows));
+    });
   }
 
   Index weight_rows() const { return options_.weights == BlendWeights::shared ? 1 : heads_.query; }

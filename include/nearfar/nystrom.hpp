@@ -6,6 +6,8 @@
 #include <nearfar/engine/split_keys.hpp>
 #include <nearfar/engine/window_attention.hpp>
 
+#include <cmath>
+#include <limits>
 #include <optional>
 
 namespace nearfar {
@@ -100,6 +102,37 @@ class Nystrom {
             saved.landmark_value, Tokens<double>(saved.inverse), saved.log_sum_exp.data()});
   }
 
+  void backward(const Inputs<T>& inputs, Tokens<const T> out, const Saved& saved, Tokens<const T> grad_out,
+                const InputGradients<T>& grad_inputs, Parameters&, Context& context = default_context()) const {
+    detail::check_inputs<T>(name, heads_, inputs, out, detail::Lengths::equal);
+    detail::check_gradients<T>(name, heads_, inputs, grad_out, grad_inputs);
+    detail::Work work(context);
+    const detail::Landmarks landmarks(work, inputs, options_.landmarks);
+    const Index rows = landmarks.count();
+    check_saved(saved, rows, inputs.query.rows());
+    const auto take = [&](Index cols) { return Tokens<T>(work.take<T>(rows * cols), rows, cols, cols); };
+    const Tokens<T> grad_query = take(heads_.query_cols()), grad_kernel_query = take(heads_.query_cols());
+    const Tokens<T> grad_key = take(heads_.query_cols());
+    const Tokens<T> grad_value = take(heads_.out_cols()), grad_landmark_out = take(heads_.out_cols());
+
+    // Backwards through softmax(scale * q Kl^T) W, then W = A^+ B and A, then B, then the means.
+    T* delta = work.take<T>(heads_.query * inputs.query.rows());
+    detail::softmax_delta(work, heads_, out, grad_out, delta);
+    detail::window_gradient(work, landmark_heads(), Window{}, scale(),
+                            landmarks.as_keys<T>(inputs, saved.landmark_key, saved.landmark_value),
+                            saved.log_sum_exp.data(), grad_out, delta, {grad_inputs.query, grad_key, grad_value});
+    work.for_each(sequence_count(inputs) * heads_.query, [&](Index task, detail::Scratch& scratch) {
+      solve_backward(landmarks.of(task / heads_.query), task % heads_.query, saved, grad_value,
+                     {grad_kernel_query, grad_key, grad_landmark_out}, scratch);
+    });
+    detail::split_key_gradient<T>(work, heads_, scale(), landmarks.as_queries<T>(inputs, saved.landmark_query),
+                                  saved.landmark_out, saved.landmark_log_sum_exp.data(), grad_landmark_out,
+                                  {grad_query, grad_inputs.key, grad_inputs.value});
+    grad_query.matrix() += grad_kernel_query.matrix();
+    landmarks.add_average_gradient<T>(work, grad_query, heads_.dim, 1, grad_inputs.query);
+    landmarks.add_average_gradient<T>(work, grad_key, heads_.dim, heads_.group(), grad_inputs.key);
+  }
+
  private:
   static constexpr const char* name = "Nystrom";
 
@@ -114,9 +147,12 @@ class Nystrom {
     T* log_sum_exp;
   };
 
-  using Square = Eigen::Map<Matrix<double>>;
+  using Double = Eigen::Map<Matrix<double>>;
 
   double scale() const { return detail::scale_or_default(options_.scale, heads_); }
+
+  /// Each query head has landmark keys and values of its own.
+  Heads landmark_heads() const { return {heads_.query, heads_.query, heads_.dim, heads_.value_width()}; }
 
   double tolerance() const {
     return options_.tolerance.value_or(static_cast<double>(options_.landmarks) * std::numeric_limits<T>::epsilon());
@@ -131,41 +167,122 @@ class Nystrom {
     work.for_each(sequence_count(inputs) * heads_.query, [&](Index task, detail::Scratch& scratch) {
       solve(landmarks.of(task / heads_.query), task % heads_.query, f, scratch);
     });
-    const Heads heads{heads_.query, heads_.query, heads_.dim, heads_.value_width()};
-    detail::window_attention(work, heads, Window{}, scale(),
+    detail::window_attention(work, landmark_heads(), Window{}, scale(),
                              landmarks.as_keys(inputs, Tokens<const T>(f.key), Tokens<const T>(f.value)), out,
                              f.log_sum_exp);
   }
 
+  // The share of one sequence and head in what each landmark has, `width` columns a head.
+  template <class S>
+  static typename Tokens<S>::Map share(Tokens<S> tokens, Range landmarks, Index head, Index width) {
+    return tokens.middle_rows(landmarks.first, landmarks.count()).middle_cols(head * width, width).matrix();
+  }
+
+  static Double take(detail::Scratch& scratch, Index rows, Index cols) {
+    return Double(scratch.take<double>(rows * cols), rows, cols);
+  }
+
+  template <class S>
+  static Double take_double(detail::Scratch& scratch, const S& matrix) {
+    Double copy = take(scratch, matrix.rows(), matrix.cols());
+    copy = matrix.template cast<double>();
+    return copy;
+  }
+
   // W = A^+ B of one sequence and head.
   void solve(Range landmarks, Index head, const Factors& f, detail::Scratch& scratch) const {
-    const Index count = landmarks.count(), value_dim = heads_.value_width();
-    const auto share = [&](const auto& tokens, Index cols, Index width) {
-      return tokens.middle_rows(landmarks.first, count).middle_cols(head * cols, width).matrix();
-    };
-    const auto take = [&](Index cols) { return Square(scratch.take<double>(count * cols), count, cols); };
-    Square inverse = take(count), out = take(value_dim), value = take(value_dim);
-    kernel(share(f.query, heads_.dim, heads_.dim), share(f.key, heads_.dim, heads_.dim), inverse, scratch);
+    const Index count = landmarks.count(), dim = heads_.dim, value_dim = heads_.value_width();
+    const Double query = take_double(scratch, share<T>(f.query, landmarks, head, dim));
+    const Double key = take_double(scratch, share<T>(f.key, landmarks, head, dim));
+    const Double out = take_double(scratch, share<T>(f.out, landmarks, head, value_dim));
+    Double inverse = take(scratch, count, count), value = take(scratch, count, value_dim);
+    kernel(query, key, inverse, scratch);
     detail::pseudo_invert(inverse, tolerance(), scratch);
-    out = share(f.out, value_dim, value_dim).template cast<double>();
     value = inverse.lazyProduct(out);
-    share(f.value, value_dim, value_dim) = value.template cast<T>();
-    if (f.inverse.data() != nullptr) share(f.inverse, options_.landmarks, count) = inverse;
+    share<T>(f.value, landmarks, head, value_dim) = value.template cast<T>();
+    if (f.inverse.data() != nullptr) {
+      share<double>(f.inverse, landmarks, head, options_.landmarks).leftCols(count) = inverse;
+    }
+  }
+
+  struct KernelGradients {
+    Tokens<T> query;  // written
+    Tokens<T> key;    // added to
+    Tokens<T> out;    // written
+  };
+
+  // The gradients of B, Ql and Kl from that of W = A^+ B. With P = A^+ and G the gradient of P, that of A is
+  //
+  //   -P^T G P^T + (I - A P) G^T P P^T + P^T P G^T (I - P A)
+  //
+  // (Golub and Pereyra, SIAM J. Numer. Anal. 10, 1973, for A of constant rank); a kernel of full rank
+  // has only the first term.
+  void solve_backward(Range landmarks, Index head, const Saved& saved, Tokens<const T> grad_value,
+                      const KernelGradients& grad, detail::Scratch& scratch) const {
+    const Index count = landmarks.count(), dim = heads_.dim, value_dim = heads_.value_width();
+    const auto square = [&] { return take(scratch, count, count); };
+    const Double query = take_double(scratch, share<const T>(saved.landmark_query, landmarks, head, dim));
+    const Double key = take_double(scratch, share<const T>(saved.landmark_key, landmarks, head, dim));
+    const Double out = take_double(scratch, share<const T>(saved.landmark_out, landmarks, head, value_dim));
+    const Double grad_w = take_double(scratch, share<const T>(grad_value, landmarks, head, value_dim));
+    Double a = square(), p = square(), grad_p = square(), grad_a = square(), product = square();
+    p = share<const double>(saved.inverse, landmarks, head, options_.landmarks).leftCols(count);
+    kernel(query, key, a, scratch);
+
+    Double grad_b = take(scratch, count, value_dim);
+    grad_b = p.transpose().lazyProduct(grad_w);
+    share<T>(grad.out, landmarks, head, value_dim) = grad_b.template cast<T>();
+    grad_p = grad_w.lazyProduct(out.transpose());
+    product = p.transpose().lazyProduct(grad_p);
+    grad_a = -product.lazyProduct(p.transpose());
+    // The trace of the projector P A is the rank.
+    if (std::lround(p.cwiseProduct(a.transpose()).sum()) < count) {
+      Double projector = square(), gram = square();
+      const auto complement = [&] { projector = Matrix<double>::Identity(count, count) - projector; };
+      projector = a.lazyProduct(p);
+      complement();
+      product = projector.lazyProduct(grad_p.transpose());
+      gram = p.lazyProduct(p.transpose());
+      grad_a += product.lazyProduct(gram);
+      projector = p.lazyProduct(a);
+      complement();
+      product = grad_p.transpose().lazyProduct(projector);
+      gram = p.transpose().lazyProduct(p);
+      grad_a += gram.lazyProduct(product);
+    }
+
+    // Through the softmax of each row.
+    for (Index i = 0; i < count; ++i) {
+      const double delta = a.row(i).dot(grad_a.row(i));
+      grad_a.row(i).array() = scale() * a.row(i).array() * (grad_a.row(i).array() - delta);
+    }
+    Double grad_landmark = take(scratch, count, dim);
+    grad_landmark = grad_a.lazyProduct(key);
+    share<T>(grad.query, landmarks, head, dim) = grad_landmark.template cast<T>();
+    grad_landmark = grad_a.transpose().lazyProduct(query);
+    share<T>(grad.key, landmarks, head, dim) += grad_landmark.template cast<T>();
   }
 
   // A = softmax(scale * Ql Kl^T) of one sequence and head.
-  template <class Landmark>
-  void kernel(const Landmark& query, const Landmark& key, Square a, detail::Scratch& scratch) const {
-    Square q(scratch.take<double>(query.size()), query.rows(), query.cols());
-    Square k_transposed(scratch.take<double>(key.size()), key.cols(), key.rows());
-    q = query.template cast<double>() * scale();
-    k_transposed = key.transpose().template cast<double>();
-    a = q.lazyProduct(k_transposed);
+  void kernel(const Double& query, const Double& key, Double& a, detail::Scratch& scratch) const {
+    Double key_transposed = take(scratch, key.cols(), key.rows());
+    key_transposed = key.transpose();
+    a = query.lazyProduct(key_transposed);
     for (Index i = 0; i < a.rows(); ++i) {
       auto row = a.row(i).array();
-      row = (row - row.maxCoeff()).exp();
+      row = (scale() * (row - row.maxCoeff())).exp();
       row /= row.sum();
     }
+  }
+
+  void check_saved(const Saved& saved, Index landmarks, Index tokens) const {
+    detail::check_saved(name, "landmark_query", saved.landmark_query, landmarks, heads_.query_cols());
+    detail::check_saved(name, "landmark_key", saved.landmark_key, landmarks, heads_.query_cols());
+    detail::check_saved(name, "landmark_out", saved.landmark_out, landmarks, heads_.out_cols());
+    detail::check_saved(name, "landmark_log_sum_exp", saved.landmark_log_sum_exp, heads_.query, landmarks);
+    detail::check_saved(name, "landmark_value", saved.landmark_value, landmarks, heads_.out_cols());
+    detail::check_saved(name, "inverse", saved.inverse, landmarks, heads_.query * options_.landmarks);
+    detail::check_saved(name, "log_sum_exp", saved.log_sum_exp, heads_.query, tokens);
   }
 
   Heads heads_;

@@ -85,6 +85,26 @@ class Landmarks {
     });
   }
 
+  /// The gradient of `average`: each visible token of a segment takes an equal share of its landmark's gradient, summed
+  /// over the `group` heads that held it, and adds it to its own.
+  template <class T>
+  void add_average_gradient(Work& work, Tokens<const T> grad_landmarks, Index dim, Index group,
+                            Tokens<T> grad_tokens) const {
+    const Index cols = grad_tokens.cols();
+    work.for_each(count(), [&](Index l, Scratch& scratch) {
+      const Segment& segment = segments_[l];
+      Row<T> share(scratch.take<T>(cols), cols);
+      share.setZero();
+      for (Index h = 0; h < grad_landmarks.cols() / dim; ++h) {
+        share.segment(h / group * dim, dim) += Row<const T>(grad_landmarks.row(l) + h * dim, dim);
+      }
+      share *= T(1) / static_cast<T>(segment.visible);
+      for (Index i = segment.tokens.first; i < segment.tokens.end; ++i) {
+        if (seen(i)) Row<T>(grad_tokens.row(i), cols) += share;
+      }
+    });
+  }
+
  private:
   struct Segment {
     Range tokens;

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <nearfar/engine/window_attention.hpp>
+#include <nearfar/engine/window_gradient.hpp>
 
 #include <cmath>
 #include <span>
@@ -46,19 +47,43 @@ class KeyPieces {
   std::span<const Index> query_offsets() const { return {query_offsets_, static_cast<std::size_t>(count()) + 1}; }
   std::span<const Index> key_offsets() const { return {key_offsets_, static_cast<std::size_t>(count()) + 1}; }
 
-  /// Copies the rows of each sequence's queries to each of its pieces.
+  /// A copy for each piece of the rows of its sequence's queries.
   template <class T>
-  void repeat(const Inputs<T>& inputs, Tokens<const T> rows, Tokens<T> repeated) const {
-    for (Index b = 0; b < sequences_; ++b) {
-      const Sequence s = sequence(inputs, b);
-      for (Index p = of(b).first; p < of(b).end; ++p) {
-        repeated.middle_rows(query_begin(p), s.query_count).matrix() =
-            rows.middle_rows(s.query_begin, s.query_count).matrix();
-      }
-    }
+  Tokens<T> repeat_rows(Work& work, const Inputs<T>& inputs, Tokens<const T> rows) const {
+    const Tokens<T> repeated(work.take<T>(queries() * rows.cols()), queries(), rows.cols(), rows.cols());
+    for_each_piece(inputs, [&](const Sequence& s, Index first) {
+      repeated.middle_rows(first, s.query_count).matrix() = rows.middle_rows(s.query_begin, s.query_count).matrix();
+    });
+    return repeated;
+  }
+
+  /// The same where queries stand in the columns.
+  template <class T>
+  Tokens<T> repeat_cols(Work& work, const Inputs<T>& inputs, Tokens<const T> cols) const {
+    const Tokens<T> repeated(work.take<T>(cols.rows() * queries()), cols.rows(), queries(), queries());
+    for_each_piece(inputs, [&](const Sequence& s, Index first) {
+      repeated.middle_cols(first, s.query_count).matrix() = cols.middle_cols(s.query_begin, s.query_count).matrix();
+    });
+    return repeated;
+  }
+
+  /// rows = the sums over the pieces of a sequence, in their order, of the rows that each has for its queries.
+  template <class T>
+  void sum_rows(const Inputs<T>& inputs, Tokens<const T> repeated, Tokens<T> rows) const {
+    rows.matrix().setZero();
+    for_each_piece(inputs, [&](const Sequence& s, Index first) {
+      rows.middle_rows(s.query_begin, s.query_count).matrix() += repeated.middle_rows(first, s.query_count).matrix();
+    });
   }
 
  private:
+  template <class T, class Visit>
+  void for_each_piece(const Inputs<T>& inputs, Visit&& visit) const {
+    for (Index b = 0; b < sequences_; ++b) {
+      for (Index p = of(b).first; p < of(b).end; ++p) visit(sequence(inputs, b), query_begin(p));
+    }
+  }
+
   // The copies of queries and results come to at most a sixteenth of the keys and values.
   static Index length(const Sequence& rows) { return std::max<Index>(2048, 16 * rows.query_count); }
 
@@ -81,11 +106,9 @@ void split_key_attention(Work& work, const Heads& heads, double scale, const Inp
     return;
   }
   const Index rows = pieces.queries();
-  const auto take = [&](Index cols) { return Tokens<T>(work.take<T>(rows * cols), rows, cols, cols); };
-  const Tokens<T> query = take(heads.query_cols());
-  const Tokens<T> partial = take(heads.out_cols());
+  const Tokens<T> partial(work.take<T>(rows * heads.out_cols()), rows, heads.out_cols(), heads.out_cols());
   T* partial_log_sum_exp = work.take<T>(heads.query * rows);
-  pieces.repeat(inputs, inputs.query, query);
+  const Tokens<const T> query = pieces.repeat_rows(work, inputs, inputs.query);
   const Inputs<T> packed{
       query, inputs.key, inputs.value, inputs.key_mask, pieces.query_offsets(), pieces.key_offsets()};
   window_attention(work, heads, Window{}, scale, packed, partial, partial_log_sum_exp);
@@ -113,6 +136,33 @@ void split_key_attention(Work& work, const Heads& heads, double scale, const Inp
       log_sum_exp[head * inputs.query.rows() + s.query_begin + i] = shift + std::log(sum);
     }
   });
+}
+
+/// The backward pass of split_key_attention, with its out and log-sum-exp: a piece takes its weights again from the
+/// log-sum-exp over all pieces, and the gradients of the queries are summed over the pieces.
+template <class T>
+void split_key_gradient(Work& work, const Heads& heads, double scale, const Inputs<T>& inputs, Tokens<const T> out,
+                        const T* log_sum_exp, Tokens<const T> grad_out, const InputGradients<T>& gradients) {
+  const Index queries = inputs.query.rows();
+  const KeyPieces pieces(work, inputs);
+  T* delta = work.take<T>(heads.query * queries);
+  softmax_delta(work, heads, out, grad_out, delta);
+  if (pieces.count() == sequence_count(inputs)) {
+    window_gradient(work, heads, Window{}, scale, inputs, log_sum_exp, grad_out, delta, gradients);
+    return;
+  }
+  const auto repeat = [&](const T* of_queries) {
+    return pieces.repeat_cols(work, inputs, Tokens<const T>(of_queries, heads.query, queries, queries)).data();
+  };
+  const Index rows = pieces.queries();
+  const Tokens<T> partial(work.take<T>(rows * heads.query_cols()), rows, heads.query_cols(), heads.query_cols());
+  const Tokens<const T> query = pieces.repeat_rows(work, inputs, inputs.query);
+  const Inputs<T> packed{
+      query, inputs.key, inputs.value, inputs.key_mask, pieces.query_offsets(), pieces.key_offsets()};
+  window_gradient(work, heads, Window{}, scale, packed, repeat(log_sum_exp),
+                  Tokens<const T>(pieces.repeat_rows(work, inputs, grad_out)), repeat(delta),
+                  {partial, gradients.key, gradients.value});
+  pieces.sum_rows(inputs, Tokens<const T>(partial), gradients.query);
 }
 
 }  // namespace detail
