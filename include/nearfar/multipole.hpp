@@ -1,9 +1,10 @@
 #pragma once
 
 #include <nearfar/detail/checks.hpp>
-#include <nearfar/detail/tiles.hpp>
+#include <nearfar/engine/multipole_gradient.hpp>
+#include <nearfar/engine/pooled_queries.hpp>
 #include <nearfar/engine/pooling_convolution.hpp>
-#include <nearfar/engine/query_tile.hpp>
+#include <nearfar/engine/window_gradient.hpp>
 
 #include <optional>
 #include <string>
@@ -131,26 +132,30 @@ class Multipole {
     attend(inputs, out, saved.log_sum_exp.data(), context);
   }
 
+  void backward(const Inputs<T>& inputs, Tokens<const T> out, const Saved& saved, Tokens<const T> grad_out,
+                const InputGradients<T>& grad_inputs, Parameters& grad_parameters,
+                Context& context = default_context()) const {
+    check(inputs, out);
+    detail::check_gradients<T>(name, heads_, inputs, grad_out, grad_inputs);
+    detail::check_saved(name, "log_sum_exp", saved.log_sum_exp, heads_.query, inputs.query.rows());
+    check_parameters(grad_parameters);
+    detail::Work work(context);
+    const Index stride = inputs.query.rows();
+    T* delta = work.take<T>(heads_.query * stride);
+    detail::softmax_delta(work, heads_, out, grad_out, delta);
+    for (Index b = 0; b < sequence_count(inputs); ++b) {
+      const Sequence rows = sequence(inputs, b);
+      if (rows.query_count == 0) continue;
+      const auto part = [&](const auto& tokens) { return tokens.middle_rows(rows.query_begin, rows.query_count); };
+      backward_sequence(work, sequence_inputs(inputs, rows), part(grad_out),
+                        saved.log_sum_exp.data() + rows.query_begin, delta + rows.query_begin, stride,
+                        {part(grad_inputs.query), part(grad_inputs.key), part(grad_inputs.value)}, grad_parameters);
+    }
+  }
+
  private:
   static constexpr const char* name = "Multipole";
-  static constexpr int vectors = 2;
-  static constexpr Index queries_a_tile = 256;
-  static constexpr Index coarse_queries_a_tile = 64;
-
-  /// What stands for the far tokens: the pooled keys and values of all levels, and what their scores start from, log2
-  /// of their mass, or -infinity for one that stands for no token.
-  struct FarField {
-    detail::HeadRows<T> key;
-    detail::HeadRows<T> value;
-    T* bias = nullptr;
-  };
-
-  /// Attention of the pooled queries to the far field, all levels from their own up: rows of normalised values and,
-  /// head by head, log-sum-exps.
-  struct CoarseResult {
-    detail::HeadRows<T> out;
-    T* log_sum_exp = nullptr;
-  };
+  static constexpr Index queries_a_tile = 512;
 
   void check(const Inputs<T>& inputs, Tokens<const T> out) const {
     detail::check_inputs<T>(name, heads_, inputs, out, detail::Lengths::equal);
@@ -164,7 +169,16 @@ class Multipole {
     }
   }
 
+  void check_parameters(const Parameters& grad_parameters) const {
+    detail::require(grad_parameters.key.size() == parameters_.key.size() &&
+                        grad_parameters.value.size() == parameters_.value.size(),
+                    name, "grad_parameters must have the levels of the parameters, ", parameters_.key.size(),
+                    ", but has ", grad_parameters.key.size(), " for keys and ", grad_parameters.value.size(),
+                    " for values.");
+  }
+
   detail::Hierarchy tree(Index tokens) const { return {tokens, options_.block, options_.rank}; }
+  T scale() const { return static_cast<T>(detail::scale_or_default(options_.scale, heads_)); }
 
   PoolingConvolution<T> averaging_convolution(Index l) const {
     const Index rank = options_.rank;
@@ -178,15 +192,6 @@ class Multipole {
     return level;
   }
 
-  void attend(const Inputs<T>& inputs, Tokens<T> out, T* log_sum_exp, Context& context) const {
-    detail::Work work(context);
-    for (Index b = 0; b < sequence_count(inputs); ++b) {
-      const Sequence rows = sequence(inputs, b);
-      attend_sequence(work, sequence_inputs(inputs, rows), out.middle_rows(rows.query_begin, rows.query_count),
-                      log_sum_exp == nullptr ? nullptr : log_sum_exp + rows.query_begin, inputs.query.rows());
-    }
-  }
-
   static Inputs<T> sequence_inputs(const Inputs<T>& inputs, const Sequence& rows) {
     Inputs<T> one{inputs.query.middle_rows(rows.query_begin, rows.query_count),
                   inputs.key.middle_rows(rows.key_begin, rows.key_count),
@@ -198,154 +203,119 @@ class Multipole {
     return one;
   }
 
-  void attend_sequence(detail::Work& work, const Inputs<T>& inputs, Tokens<T> out, T* log_sum_exp,
-                       Index log_sum_exp_stride) const {
-    const detail::Hierarchy tree = this->tree(inputs.query.rows());
-    const FarField far = pool(work, tree, inputs);
-    const bool pooled_queries = options_.pooled_queries && tree.levels() > 0;
-    const CoarseResult coarse = pooled_queries ? attend_coarse(work, tree, inputs, far) : CoarseResult{};
+  static const std::uint8_t* mask(const Inputs<T>& inputs) {
+    return inputs.key_mask.empty() ? nullptr : inputs.key_mask.data();
+  }
 
-    const detail::Tiles tiles(work, inputs, queries_a_tile_of_blocks());
+  const std::uint8_t* query_mask(const Inputs<T>& inputs) const {
+    return options_.query_pooling == QueryPooling::all ? nullptr : mask(inputs);
+  }
+
+  void attend(const Inputs<T>& inputs, Tokens<T> out, T* log_sum_exp, Context& context) const {
+    detail::Work work(context);
+    for (Index b = 0; b < sequence_count(inputs); ++b) {
+      const Sequence rows = sequence(inputs, b);
+      attend_sequence(work, sequence_inputs(inputs, rows), out.middle_rows(rows.query_begin, rows.query_count),
+                      log_sum_exp == nullptr ? nullptr : log_sum_exp + rows.query_begin, inputs.query.rows());
+    }
+  }
+
+  void attend_sequence(detail::Work& work, const Inputs<T>& inputs, Tokens<T> out, T* log_sum_exp, Index stride) const {
+    const detail::Hierarchy tree = this->tree(inputs.query.rows());
+    const detail::FarField<T> far = pool(work, tree, inputs);
+    const detail::MultipoleWalk<T> walk(tree, inputs, far, heads_.dim, options_.causal);
+    std::optional<detail::PooledQueries<T>> pooled;
+    if (options_.pooled_queries && tree.levels() > 0) {
+      pooled.emplace(work, tree, heads_, scale(), inputs.query, query_mask(inputs));
+      pooled->attend(walk);
+    }
+    // Whole blocks a tile where they fit, so that few panels straddle two.
+    const bool fits = options_.block < queries_a_tile;
+    const Index tile_rows = fits ? queries_a_tile / options_.block * options_.block : queries_a_tile;
+    const detail::Tiles tiles(work, inputs, tile_rows);
     work.for_each(tiles.count() * heads_.query, [&](Index task, detail::Scratch& scratch) {
       const detail::Tile tile = tiles[task / heads_.query];
       const Index head = task % heads_.query;
       const Index key_head = head / heads_.group();
-      detail::QueryTile<T, vectors> queries(scratch, tile.count, heads_.dim, heads_.dim);
+      // One vector a panel: near fields are narrow, and wider panels would spend more on what their edges hide.
+      detail::QueryTile<T, 1> queries(scratch, tile.count, heads_.dim, heads_.dim);
       detail::KeyTile<T> keys(scratch, heads_.dim, heads_.dim);
+      const auto visit = [&](const auto& band) { queries.visit(keys, band); };
       queries.load(inputs.query.row(tile.first) + head * heads_.dim, inputs.query.stride(), tile.first, tile.count,
-                   score_factor());
-      if (pooled_queries) {
-        queries.start_from(coarse.out.row(head, 0), coarse.out.row_stride, coarse.log_sum_exp + head * tree.rows(),
-                           tree.sub_block(1));
-      }
-      visit_near_field(tree, inputs, key_head, tile, queries, keys);
-      if (!pooled_queries) visit_far_field(tree, far, key_head, tile, queries, keys);
+                   scale() * detail::log2_e<T>);
+      if (pooled) pooled->hand_down(head, queries);
+      walk.near_field(tile, key_head, keys, queries.lookahead(), visit);
+      walk.look_ahead(tile, head, heads_, queries.lookahead());
+      if (!pooled) walk.far_field(tile, key_head, keys, visit);
       queries.finish(out.row(tile.first) + head * heads_.dim, out.stride(),
-                     log_sum_exp == nullptr ? nullptr : log_sum_exp + head * log_sum_exp_stride + tile.first);
+                     log_sum_exp == nullptr ? nullptr : log_sum_exp + head * stride + tile.first);
     });
   }
 
-  /// A tile holds whole blocks where it can, so that few of its panels straddle two.
-  Index queries_a_tile_of_blocks() const {
-    return options_.block < queries_a_tile ? queries_a_tile / options_.block * options_.block : queries_a_tile;
+  void backward_sequence(detail::Work& work, const Inputs<T>& inputs, Tokens<const T> grad_out, const T* log_sum_exp,
+                         const T* delta, Index stride, const InputGradients<T>& gradients,
+                         Parameters& grad_parameters) const {
+    const detail::Hierarchy tree = this->tree(inputs.query.rows());
+    const detail::FarField<T> far = pool(work, tree, inputs);
+    const detail::MultipoleWalk<T> walk(tree, inputs, far, heads_.dim, options_.causal);
+    const detail::FarField<T> grad_far{detail::take_zero_head_rows<T>(work, tree.rows(), heads_.key_value, heads_.dim),
+                                       detail::take_zero_head_rows<T>(work, tree.rows(), heads_.key_value, heads_.dim)};
+    const bool pooled_queries = options_.pooled_queries && tree.levels() > 0;
+    detail::MultipoleGradient<T>(work, tree, heads_, gradients, grad_far)
+        .backward(walk, !pooled_queries, scale(), inputs, grad_out, log_sum_exp, delta, stride);
+    if (pooled_queries) {
+      detail::PooledQueries<T>(work, tree, heads_, scale(), inputs.query, query_mask(inputs))
+          .backward(walk, grad_out, log_sum_exp, delta, stride, grad_far, gradients.query);
+    }
+    pool_backward(work, tree, inputs, far, grad_far, gradients, grad_parameters);
   }
 
-  T score_factor() const {
-    return static_cast<T>(detail::scale_or_default(options_.scale, heads_)) * detail::log2_e<T>;
-  }
-
-  /// The upward pass: pooled keys, values and masses of all levels.
-  FarField pool(detail::Work& work, const detail::Hierarchy& tree, const Inputs<T>& inputs) const {
-    const FarField far{detail::take_head_rows<T>(work, tree.rows(), heads_.key_value, heads_.dim),
-                       detail::take_head_rows<T>(work, tree.rows(), heads_.key_value, heads_.dim),
-                       work.take<T>(tree.rows())};
-    const std::uint8_t* mask = inputs.key_mask.empty() ? nullptr : inputs.key_mask.data();
-    T* mass = work.take<T>(tree.rows());
-    detail::count_tokens(tree, mask, mass);
+  /// The upward pass: pooled keys and values of all levels, and their masses.
+  detail::FarField<T> pool(detail::Work& work, const detail::Hierarchy& tree, const Inputs<T>& inputs) const {
+    const detail::FarField<T> far{detail::take_head_rows<T>(work, tree.rows(), heads_.key_value, heads_.dim),
+                                  detail::take_head_rows<T>(work, tree.rows(), heads_.key_value, heads_.dim),
+                                  work.take<T>(tree.rows()), work.take<T>(tree.rows())};
     const auto key = detail::head_rows(inputs.key, heads_.key_value);
     const auto value = detail::head_rows(inputs.value, heads_.key_value);
+    detail::count_tokens(tree, mask(inputs), far.mass);
     if (options_.pooling == Pooling::average) {
-      detail::pool_average<T>(work, tree, key, mask, mass, far.key);
-      detail::pool_average<T>(work, tree, value, mask, mass, far.value);
+      detail::pool_average<T>(work, tree, key, mask(inputs), far.mass, far.key);
+      detail::pool_average<T>(work, tree, value, mask(inputs), far.mass, far.value);
     } else {
-      detail::share_mass(tree, mass);
-      const bool hierarchical = options_.pooling == Pooling::hierarchical_convolution;
-      detail::ConvolutionPooling<T>(work, tree, hierarchical, parameters_.key, heads_.dim, mask, mass)
-          .forward(key, far.key);
-      detail::ConvolutionPooling<T>(work, tree, hierarchical, parameters_.value, heads_.dim, mask, mass)
-          .forward(value, far.value);
+      detail::share_mass(tree, far.mass);
+      convolution(work, tree, inputs, far, parameters_.key).forward(key, far.key);
+      convolution(work, tree, inputs, far, parameters_.value).forward(value, far.value);
     }
     for (Index row = 0; row < tree.rows(); ++row) {
-      far.bias[row] = options_.mass_scaling || mass[row] == T(0) ? std::log2(mass[row]) : T(0);
+      far.bias[row] = options_.mass_scaling || far.mass[row] == T(0) ? std::log2(far.mass[row]) : T(0);
     }
     return far;
   }
 
-  void visit_near_field(const detail::Hierarchy& tree, const Inputs<T>& inputs, Index key_head,
-                        const detail::Tile& tile, detail::QueryTile<T, vectors>& queries,
-                        detail::KeyTile<T>& keys) const {
-    const detail::NearField near(tree, options_.causal);
-    const Range seen = near.seen_by_any(tile.first, tile.count);
-    for (Index j = seen.first; j < seen.end; ++j) {
-      if (inputs.key_mask.empty() || inputs.key_mask[static_cast<std::size_t>(j)] != 0) {
-        keys.append(inputs.key.row(j) + key_head * heads_.dim, inputs.value.row(j) + key_head * heads_.dim, j);
-      }
-      if (keys.full()) visit(queries, keys, near);
-    }
-    visit(queries, keys, near);
-  }
-
-  /// The interaction lists of each block of the tile, at all levels.
-  void visit_far_field(const detail::Hierarchy& tree, const FarField& far, Index key_head, const detail::Tile& tile,
-                       detail::QueryTile<T, vectors>& queries, detail::KeyTile<T>& keys) const {
-    const Index last = (tile.first + tile.count - 1) / tree.block();
-    for (Index block = tile.first / tree.block(); block <= last; ++block) {
-      const detail::OfGroup group({block * tree.block(), (block + 1) * tree.block()});
-      for (Index l = 1; l <= tree.levels(); ++l) {
-        const detail::InteractionList list = tree.interaction_list(l, block >> (l - 1), options_.causal);
-        for (const Range& rows : {list.left, list.right}) append(far, key_head, rows, 0, queries, keys, group);
-      }
-      visit(queries, keys, group);
+  /// The gradient's downward pass, from the pooled keys and values to tokens and parameters.
+  void pool_backward(detail::Work& work, const detail::Hierarchy& tree, const Inputs<T>& inputs,
+                     const detail::FarField<T>& far, const detail::FarField<T>& grad_far,
+                     const InputGradients<T>& gradients, Parameters& grad_parameters) const {
+    const auto grad_key = detail::head_rows(gradients.key, heads_.key_value);
+    const auto grad_value = detail::head_rows(gradients.value, heads_.key_value);
+    if (options_.pooling == Pooling::average) {
+      detail::pool_average_backward<T>(work, tree, mask(inputs), far.mass, grad_far.key, grad_key);
+      detail::pool_average_backward<T>(work, tree, mask(inputs), far.mass, grad_far.value, grad_value);
+    } else {
+      convolution(work, tree, inputs, far, parameters_.key)
+          .backward(detail::head_rows(inputs.key, heads_.key_value), far.key, grad_far.key, grad_key,
+                    grad_parameters.key);
+      convolution(work, tree, inputs, far, parameters_.value)
+          .backward(detail::head_rows(inputs.value, heads_.key_value), far.value, grad_far.value, grad_value,
+                    grad_parameters.value);
     }
   }
 
-  /// Pooled queries: the downward pass. Each level sees its own interaction lists, starting from what its parents saw.
-  CoarseResult attend_coarse(detail::Work& work, const detail::Hierarchy& tree, const Inputs<T>& inputs,
-                             const FarField& far) const {
-    const CoarseResult coarse{detail::take_head_rows<T>(work, tree.rows(), heads_.query, heads_.dim),
-                              work.take<T>(heads_.query * tree.rows())};
-    const detail::HeadRows<T> query = detail::take_head_rows<T>(work, tree.rows(), heads_.query, heads_.dim);
-    const bool all = options_.query_pooling == QueryPooling::all || inputs.key_mask.empty();
-    const std::uint8_t* mask = all ? nullptr : inputs.key_mask.data();
-    T* count = work.take<T>(tree.rows());
-    detail::count_tokens(tree, mask, count);
-    detail::pool_average<T>(work, tree, detail::head_rows(inputs.query, heads_.query), mask, count, query);
-
-    for (Index l = tree.levels(); l >= 1; --l) {
-      const Index first_row = tree.level(l).first_row;
-      const Index rows = tree.level(l).groups * tree.rank();
-      const Index tiles = (rows - 1) / coarse_queries_a_tile + 1;
-      work.for_each(tiles * heads_.query, [&](Index task, detail::Scratch& scratch) {
-        const Index head = task % heads_.query;
-        const Index first = task / heads_.query * coarse_queries_a_tile;
-        const Index queried = std::min(coarse_queries_a_tile, rows - first);
-        detail::QueryTile<T, vectors> queries(scratch, queried, heads_.dim, heads_.dim);
-        detail::KeyTile<T> keys(scratch, heads_.dim, heads_.dim);
-        queries.load(query.row(head, first_row + first), query.row_stride, first, queried, score_factor());
-        if (l < tree.levels()) {
-          const Index above = tree.level(l + 1).first_row;
-          queries.start_from(coarse.out.row(head, above), coarse.out.row_stride,
-                             coarse.log_sum_exp + head * tree.rows() + above, 2);
-        }
-        for (const bool right : {false, true}) {
-          const detail::InteractionSide side(tree, l, right);
-          const Range seen = side.seen_by_any(first, queried);
-          append(far, head / heads_.group(), {first_row + seen.first, first_row + seen.end}, first_row, queries, keys,
-                 side);
-          visit(queries, keys, side);
-        }
-        queries.finish(coarse.out.row(head, first_row + first), coarse.out.row_stride,
-                       coarse.log_sum_exp + head * tree.rows() + first_row + first);
-      });
-    }
-    return coarse;
-  }
-
-  /// Pooled keys join the tile under positions counted from `origin`; a full tile is visited.
-  template <class Mask>
-  static void append(const FarField& far, Index key_head, Range rows, Index origin,
-                     detail::QueryTile<T, vectors>& queries, detail::KeyTile<T>& keys, const Mask& mask) {
-    for (Index row = rows.first; row < rows.end; ++row) {
-      if (far.bias[row] == -detail::infinity<T>) continue;
-      keys.append(far.key.row(key_head, row), far.value.row(key_head, row), row - origin, far.bias[row]);
-      if (keys.full()) visit(queries, keys, mask);
-    }
-  }
-
-  template <class Mask>
-  static void visit(detail::QueryTile<T, vectors>& queries, detail::KeyTile<T>& keys, const Mask& mask) {
-    if (keys.count() > 0) queries.visit(keys, mask);
-    keys.clear();
+  detail::ConvolutionPooling<T> convolution(detail::Work& work, const detail::Hierarchy& tree, const Inputs<T>& inputs,
+                                            const detail::FarField<T>& far,
+                                            const std::vector<PoolingConvolution<T>>& levels) const {
+    return {work,         tree,    options_.pooling == Pooling::hierarchical_convolution, levels, heads_.dim,
+            mask(inputs), far.mass};
   }
 
   Heads heads_;

@@ -70,6 +70,9 @@ class Hierarchy {
     return {std::max<Index>(b - 1, 0) * block_, b + 2 >= blocks() ? tokens_ : (b + 2) * block_};
   }
 
+  /// How many rows an interaction list has at most: of six children of neighbours, three are neighbours.
+  Index longest_list() const { return 3 * rank_; }
+
   /// The interaction list of group g of level l: the children of its parent's neighbours, and of its parent, that are
   /// not its own neighbours. Over all levels these and the near field hold every token once. Causal: only those before.
   InteractionList interaction_list(Index l, Index g, bool causal) const {

@@ -28,6 +28,13 @@ struct HeadRows {
     return Eigen::Map<std::conditional_t<std::is_const_v<T>, const Row, Row>>(row(head, i), dim);
   }
 
+  void add(Index head, Index i, const T* to_add) const {
+    features(head, i) += Eigen::Map<const Eigen::Array<T, 1, Eigen::Dynamic>>(to_add, dim);
+  }
+
+  /// `count` rows of one head as tokens of one head.
+  Tokens<T> tokens(Index head, Index first, Index count) const { return {row(head, first), count, dim, row_stride}; }
+
   void set_zero(Index i) const {
     for (Index head = 0; head < heads; ++head) features(head, i).setZero();
   }
@@ -48,6 +55,14 @@ HeadRows<T> head_rows(Tokens<T> tokens, Index heads) {
 template <class T>
 HeadRows<T> take_head_rows(Work& work, Index rows, Index heads, Index dim) {
   return {work.take<T>(heads * rows * dim), dim, rows * dim, heads, dim};
+}
+
+/// The same, all zero: where gradients are summed.
+template <class T>
+HeadRows<T> take_zero_head_rows(Work& work, Index rows, Index heads, Index dim) {
+  const HeadRows<T> zero = take_head_rows<T>(work, rows, heads, dim);
+  std::fill_n(zero.data, heads * rows * dim, T(0));
+  return zero;
 }
 
 /// How many tokens each pooled row of a hierarchy stands for: of its sub-block, those that exist and are not masked.

@@ -1,0 +1,138 @@
+#pragma once
+
+#include <nearfar/detail/lookahead.hpp>
+#include <nearfar/detail/tiles.hpp>
+#include <nearfar/engine/key_tile.hpp>
+#include <nearfar/engine/pooling.hpp>
+
+#include <algorithm>
+
+namespace nearfar {
+inline namespace NEARFAR_VERSION_NAMESPACE {
+namespace detail {
+
+/// What stands for the far tokens of one sequence: the pooled keys and values of all levels, how many tokens each
+/// stands for, and what its scores start from: log2 of its mass, or -infinity for one that stands for no token.
+template <class T>
+struct FarField {
+  HeadRows<T> key;
+  HeadRows<T> value;
+  T* mass = nullptr;
+  T* bias = nullptr;
+};
+
+/// The walk of a tile of queries of one head over all that it sees of one sequence: first the near field, token by
+/// token, then the far field by its interaction lists.
+///
+/// What it meets it copies into a key tile, and calls visit(band) as often as that is full or the walk at an end:
+/// forward and backward differ in this visit alone. Near keys stand at their token's place, pooled keys at their row's.
+template <class T>
+class MultipoleWalk {
+ public:
+  MultipoleWalk(const Hierarchy& tree, const Inputs<T>& inputs, const FarField<T>& far, Index dim, bool causal)
+      : tree_(tree), inputs_(inputs), far_(far), dim_(dim), causal_(causal) {}
+
+  template <class Visit>
+  void near_field(const Tile& tile, Index key_head, KeyTile<T>& keys, Lookahead& lookahead, Visit&& visit) const {
+    const NearField near(tree_, causal_);
+    const Tokens<const T> key = inputs_.key.middle_cols(key_head * dim_, dim_);
+    const Tokens<const T> value = inputs_.value.middle_cols(key_head * dim_, dim_);
+    const Range seen = near.seen_by_any(tile.first, tile.count);
+    for (Index j = seen.first; j < seen.end; ++j) {
+      if (inputs_.key_mask.empty() || inputs_.key_mask[static_cast<std::size_t>(j)] != 0) {
+        keys.append(key.row(j), value.row(j), j);
+      }
+      if (keys.full() || j + 1 == seen.end) {
+        const Index next = std::min(seen.end - (j + 1), KeyTile<T>::capacity);
+        lookahead.clear();
+        lookahead.add(key.row(j) + key.stride(), key.stride(), next, dim_);
+        lookahead.add(value.row(j) + value.stride(), value.stride(), next, dim_);
+        if (keys.count() > 0) visit(near);
+        keys.clear();
+      }
+    }
+  }
+
+  /// The next task is likely this tile's next head: its first reads are fetched while the far field is visited.
+  void look_ahead(const Tile& tile, Index head, const Heads& heads, Lookahead& lookahead) const {
+    lookahead.clear();
+    if (head + 1 == heads.query) return;
+    const Range seen = NearField(tree_, causal_).seen_by_any(tile.first, tile.count);
+    const Index rows = std::min(seen.count(), KeyTile<T>::capacity);
+    const Index key_col = (head + 1) / heads.group() * dim_;
+    lookahead.add(inputs_.query.row(tile.first) + (head + 1) * dim_, inputs_.query.stride(), tile.count, dim_);
+    lookahead.add(inputs_.key.row(seen.first) + key_col, inputs_.key.stride(), rows, dim_);
+    lookahead.add(inputs_.value.row(seen.first) + key_col, inputs_.value.stride(), rows, dim_);
+  }
+
+  /// The interaction lists of all levels. Several levels, from `top` down to `bottom`, share a visit.
+  template <class Visit>
+  void far_field(const Tile& tile, Index key_head, KeyTile<T>& keys, Visit&& visit) const {
+    const Index levels_a_visit = std::max<Index>((KeyTile<T>::capacity - 1) / tree_.longest_list(), 1);
+    for (Index top = tree_.levels(), bottom; top >= 1; top = bottom - 1) {
+      bottom = std::max<Index>(top - levels_a_visit + 1, 1);
+      const Index width = tree_.level(top).width;
+      for (Index g = tile.first / width; g * width < tile.first + tile.count; ++g) {
+        descend(top, bottom, g, tile, key_head, keys, visit);
+      }
+    }
+  }
+
+  /// What pooled queries [first, first + count) of level l see at their own level: first on the left, then on the
+  /// right.
+  template <class Visit>
+  void far_level(Index l, Index first, Index count, Index key_head, KeyTile<T>& keys, Visit&& visit) const {
+    const Index origin = tree_.level(l).first_row;
+    for (const bool right : {false, true}) {
+      const InteractionSide side(tree_, l, right);
+      const Range seen = side.seen_by_any(first, count);
+      append(key_head, {origin + seen.first, origin + seen.end}, origin, keys, [&] { visit(side); });
+      if (keys.count() > 0) visit(side);
+      keys.clear();
+    }
+  }
+
+ private:
+  // What the queries of group g of level l see of the far field at this level and, going down to its children, at those
+  // until `bottom`. A list is copied once for all groups that descend from the one whose list it is.
+  template <class Visit>
+  void descend(Index l, Index bottom, Index g, const Tile& tile, Index key_head, KeyTile<T>& keys,
+               Visit&& visit) const {
+    const Index width = tree_.level(l).width;
+    const Range members{std::max(g * width, tile.first), std::min((g + 1) * width, tile.first + tile.count)};
+    if (members.count() == 0) return;
+    const OfGroup group(members);
+    const Index inherited = keys.count();
+    const InteractionList list = tree_.interaction_list(l, g, causal_);
+    for (const Range& rows : {list.left, list.right}) append(key_head, rows, 0, keys, [&] { visit(group); });
+    if (l > bottom) {
+      descend(l - 1, bottom, 2 * g, tile, key_head, keys, visit);
+      descend(l - 1, bottom, 2 * g + 1, tile, key_head, keys, visit);
+    } else if (keys.count() > 0) {
+      visit(group);
+    }
+    keys.truncate(inherited);
+  }
+
+  // Appends pooled rows, at places counted from `origin`; a tile that is full is emptied by `flush`.
+  template <class Flush>
+  void append(Index key_head, Range rows, Index origin, KeyTile<T>& keys, Flush&& flush) const {
+    for (Index row = rows.first; row < rows.end; ++row) {
+      if (far_.mass[row] == T(0)) continue;
+      keys.append(far_.key.row(key_head, row), far_.value.row(key_head, row), row - origin, far_.bias[row]);
+      if (!keys.full()) continue;
+      flush();
+      keys.clear();
+    }
+  }
+
+  const Hierarchy& tree_;
+  const Inputs<T>& inputs_;
+  const FarField<T>& far_;
+  Index dim_;
+  bool causal_;
+};
+
+}  // namespace detail
+}  // namespace NEARFAR_VERSION_NAMESPACE
+}  // namespace nearfar
