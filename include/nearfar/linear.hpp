@@ -1,7 +1,7 @@
 #pragma once
 
 #include <nearfar/detail/checks.hpp>
-#include <nearfar/engine/kernel_sum.hpp>
+#include <nearfar/engine/kernel_sum_gradient.hpp>
 #include <nearfar/feature_map.hpp>
 
 #include <cmath>
@@ -45,6 +45,16 @@ struct LinearOptions {
   bool normalize_features = false;
 };
 
+namespace detail {
+
+inline void check_linear(std::string_view mechanism, const LinearOptions& options) {
+  require(!options.feature_maps.empty(), mechanism, "feature_maps must hold at least one map, but holds 0.");
+  require(options.eps >= 0 && std::isfinite(options.eps), mechanism, "eps must be finite and 0 or more, but is ",
+          options.eps, ".");
+}
+
+}  // namespace detail
+
 template <class T>
 class Linear {
  public:
@@ -64,9 +74,7 @@ class Linear {
 
   explicit Linear(const Heads& heads, const Options& options = {}) : heads_(heads), options_(options) {
     detail::check_heads("Linear", heads);
-    detail::require(!options.feature_maps.empty(), "Linear", "feature_maps must hold at least one map, but holds 0.");
-    detail::require(options.eps >= 0 && std::isfinite(options.eps), "Linear",
-                    "eps must be finite and 0 or more, but is ", options.eps, ".");
+    detail::check_linear("Linear", options);
   }
 
   const Heads& heads() const { return heads_; }

@@ -34,15 +34,6 @@ struct Chunk {
   Index keys;
 };
 
-/// Calls visit(chunk) for the chunks of a segment in turn.
-template <class Visit>
-void for_each_chunk(const Segment& segment, Visit&& visit) {
-  for (Index at = 0; at < std::max(segment.query.count(), segment.key.count()); at += chunk_tokens) {
-    visit(Chunk{segment.query.first + at, std::clamp<Index>(segment.query.count() - at, 0, chunk_tokens),
-                segment.key.first + at, std::clamp<Index>(segment.key.count() - at, 0, chunk_tokens)});
-  }
-}
-
 /// The fixed division of a sequence into segments: first the keys that every query sees, then queries with the keys
 /// beside them.
 class Segments {
@@ -76,8 +67,28 @@ struct ScanStep {
   Index sequence;
   Segment segment;
   Range heads;
-  RunningSums<T> sums;  ///< of heads.first; those of the next head follow `sums_per_head` numbers on
+  RunningSums<T> sums;  ///< of all these heads, one after another
   bool sums_only;       ///< whether the segment is visited for its sum alone
+
+  /// Calls visit(chunk, head) for the chunks of the segment in turn, heads innermost because they share pages and cache
+  /// lines. Before each it calls announce(chunk, head) with the one that comes next, which is empty after the last.
+  template <class Announce, class Visit>
+  void for_each_chunk(Announce&& announce, Visit&& visit) const {
+    const auto chunk = [&](Index at) {
+      return Chunk{segment.query.first + at, std::clamp<Index>(segment.query.count() - at, 0, chunk_tokens),
+                   segment.key.first + at, std::clamp<Index>(segment.key.count() - at, 0, chunk_tokens)};
+    };
+    for (Index at = 0; at < std::max(segment.query.count(), segment.key.count()); at += chunk_tokens) {
+      for (Index head = heads.first; head < heads.end; ++head) {
+        if (head + 1 < heads.end) {
+          announce(chunk(at), head + 1);
+        } else {
+          announce(chunk(at + chunk_tokens), heads.first);
+        }
+        visit(chunk(at), head);
+      }
+    }
+  }
 };
 
 /// Runs along all sequences and heads, in parallel and in fixed order, carrying running sums of `size` numbers a head.
@@ -99,7 +110,7 @@ void scan(Work& work, Index sequences, Index heads, Index size, AlignmentOf&& al
     T* running = scratch.take<T>(numbers);
     std::copy_n(past, numbers, running);
     std::fill_n(local, numbers, T(0));
-    visit(ScanStep<T>{b, segment, block, {past, local, running}, sums_only}, scratch);
+    visit(ScanStep<T>{b, segment, block, {local, running}, sums_only}, scratch);
   };
   const auto accumulate = [](const T* local, Index numbers, T* past) {
     for (Index i = 0; i < numbers; ++i) past[i] += local[i];

@@ -6,6 +6,8 @@
 #include <nearfar/mask.hpp>
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 
 namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
@@ -19,6 +21,8 @@ struct TokenRows {
 
   T* row(Index i) const { return data + i * stride; }
   TokenRows from(Index i) const { return {row(i), stride}; }
+
+  void announce(Lookahead& ahead, Index count, Index cols) const { ahead.add(data, stride, count, cols); }
 };
 
 /// Rows [first, first + count) of tokens, from column `col` on.
@@ -50,39 +54,47 @@ struct VisibleKeys {
   bool operator()(Index i) const { return mask == nullptr || mask[i * step] != 0; }
 };
 
-/// Up to chunk_tokens rows of one head, side by side: rows that lie far apart would crowd into a fraction of the cache
-/// sets. Rows are padded with zeros to whole vectors.
+/// Up to chunk_tokens rows of one head, taken out of wherever they lie: rows that lie far apart would crowd into a
+/// fraction of the cache sets.
 template <class T>
-class TokenTile {
+class TokenTile : public PaddedRows<T> {
  public:
-  TokenTile(Scratch& scratch, Index dim)
-      : dim_(dim),
-        stride_(round_up(dim, lanes<T>)),
-        data_(scratch.take<T>(chunk_tokens * stride_)),
+  using PaddedRows<T>::data;
+  using PaddedRows<T>::dim;
+  using PaddedRows<T>::stride;
+  using PaddedRows<T>::row;
+
+  TokenTile(Scratch& scratch, Index features)
+      : PaddedRows<T>{scratch.take<T>(chunk_tokens * round_up(features, lanes<T>)), features},
+        lanes_{scratch.take<T>(chunk_tokens * features), features, 0},
         share_(scratch.take<T>(chunk_tokens)) {
     clear();
+    std::fill_n(lanes_.data, chunk_tokens * dim, T(0));
   }
 
-  T* data() const { return data_; }
-  Index stride() const { return stride_; }
-  auto row(Index i) const { return Eigen::Map<Eigen::Array<T, 1, Eigen::Dynamic>>(data_ + i * stride_, dim_); }
+  void clear() { std::fill_n(data, chunk_tokens * stride, T(0)); }
 
-  void clear() { std::fill_n(data_, chunk_tokens * stride_, T(0)); }
+  /// Row i without its padding.
+  auto features(Index i) const { return Eigen::Map<Eigen::Array<T, 1, Eigen::Dynamic>>(row(i), dim); }
 
   /// Takes `count` rows; those of invisible keys become zero, whatever stands in them.
   void load(TokenRows<const T> from, Index count, const VisibleKeys& visible = {}) {
-    for (Index i = 0; i < count; ++i) std::copy_n(from.row(i), dim_, data_ + i * stride_);
+    for (Index i = 0; i < count; ++i) {
+      for_each_packet<T>(dim, [&](auto by, Index c) {
+        pstoreu(row(i) + c, ploadu<typename decltype(by)::template Of<T>>(from.row(i) + c));
+      });
+    }
     hide(count, visible);
   }
 
   /// Takes the features of `count` rows: phi(x), divided by the sum of its entries if `normalize`.
   void load(TokenRows<const T> from, Index count, const VisibleKeys& visible, const AnyFeatureMap& map,
             bool normalize) {
-    map.value(from.data, from.stride, count, dim_, data_, stride_);
+    map.value(from.data, from.stride, count, dim, data, stride);
     for (Index i = 0; i < count && normalize; ++i) {
-      const T total = row(i).sum();
+      const T total = features(i).sum();
       share_[i] = total == T(0) ? T(0) : T(1) / total;
-      row(i) *= share_[i];
+      features(i) *= share_[i];
     }
     hide(count, visible);
   }
@@ -91,38 +103,39 @@ class TokenTile {
   void chain(TokenRows<const T> from, Index count, const AnyFeatureMap& map, bool normalize,
              TokenTile& gradient) const {
     for (Index i = 0; i < count && normalize; ++i) {
-      gradient.row(i) = share_[i] * (gradient.row(i) - (gradient.row(i) * row(i)).sum());
+      const T inner = (gradient.features(i) * features(i)).sum();
+      gradient.features(i) = share_[i] * (gradient.features(i) - inner);
     }
-    map.chain(from.data, from.stride, count, dim_, gradient.data_, stride_);
+    map.chain(from.data, from.stride, count, dim, gradient.data, stride);
   }
 
+  /// Sets the rows of invisible keys to zero.
   void hide(Index count, const VisibleKeys& visible) {
     for (Index i = 0; i < count && visible.mask != nullptr; ++i) {
-      if (!visible(i)) row(i).setZero();
+      if (!visible(i)) features(i).setZero();
     }
   }
 
-  /// Writes the rows to `to`, or adds them to what is there.
-  void store(TokenRows<T> to, Index count, bool add) const {
+  /// The first `count` rows on the vector lanes, until the next call.
+  const LaneRows<T>& on_lanes(Index count) {
+    transpose(data, stride, count, dim, T(1), lanes_.data, chunk_tokens);
+    lanes_.count = count;
+    return lanes_;
+  }
+
+  /// Writes the rows, each times its scale unless that is null, to `to`, or adds them to what is there.
+  void store(TokenRows<T> to, Index count, const T* scale, bool add) const {
     for (Index i = 0; i < count; ++i) {
-      Eigen::Map<Eigen::Array<T, 1, Eigen::Dynamic>> target(to.row(i), dim_);
-      if (add) {
-        target += row(i);
-      } else {
-        target = row(i);
-      }
+      for_each_packet<T>(dim, [&](auto by, Index c) {
+        using V = typename decltype(by)::template Of<T>;
+        const V scaled = pmul(ploadu<V>(row(i) + c), pset1<V>(scale == nullptr ? T(1) : scale[i]));
+        pstoreu(to.row(i) + c, add ? padd(ploadu<V>(to.row(i) + c), scaled) : scaled);
+      });
     }
-  }
-
-  /// Lays `count` rows on the vector lanes: dim x chunk_tokens.
-  void transpose_into(T* on_lanes, Index count) const {
-    transpose(data_, stride_, count, dim_, T(1), on_lanes, chunk_tokens);
   }
 
  private:
-  Index dim_;
-  Index stride_;
-  T* data_;
+  LaneRows<T> lanes_;
   T* share_;
 };
 

@@ -1,0 +1,204 @@
+#pragma once
+
+#include <nearfar/engine/kernel_sum.hpp>
+
+namespace nearfar {
+inline namespace NEARFAR_VERSION_NAMESPACE {
+namespace detail {
+
+// The backward pass of KernelSum: a scan along the keys for the gradient of queries, and one from the last token to the
+// first for the gradients of keys and values. kernel_sum.hpp has the equations.
+
+template <class T>
+void KernelSum<T>::backward(const Backward& call, Work& work) const {
+  const Inputs<T>& inputs = call.inputs;
+  const Index sequences = sequence_count(inputs);
+  const Index rows = inputs.query.rows();
+  const Index cols = maps() * heads.query;
+  const Tokens<T> grad_row_sum(work.take<T>(rows * cols), rows, cols, cols);
+  const auto zero = [](Index size) {
+    return [size](Index, Range block, T* past) { std::fill_n(past, block.count() * size, T(0)); };
+  };
+  const auto along_keys = [&](Index b) { return queries_along_keys(inputs, b, false); };
+  for (Index b = 0; b < sequences && !call.add; ++b) {
+    call.grad.query.middle_rows(sequence(inputs, b).query_begin, along_keys(b).first_query).matrix().setZero();
+  }
+  scan<T>(
+      work, sequences, heads.key_value, maps() * transposed_map_size(), along_keys,
+      zero(maps() * transposed_map_size()),
+      [&](const ScanStep<T>& step, Scratch& scratch) { query_gradient_segment(call, grad_row_sum, step, scratch); },
+      [](Index, Range, const T*) {});
+
+  // The gradients of the weights are summed within each sequence along with the states, and then over the sequences.
+  const Index weights = call.grad_weights.rows() == 0 ? 0 : cols * value_dim();
+  T* partial = work.take<T>(sequences * weights);
+  scan<T>(
+      work, sequences, heads.key_value, weighted_sums_size(), [&](Index b) { return keys_along_queries(inputs, b); },
+      zero(weighted_sums_size()),
+      [&](const ScanStep<T>& step, Scratch& scratch) { key_gradient_segment(call, grad_row_sum, step, scratch); },
+      [&](Index b, Range block, const T* total) {
+        for (Index h = block.first * heads.group(); h < block.end * heads.group() && weights > 0; ++h) {
+          for (Index r = 0; r < maps(); ++r, total += weighted_map_size()) {
+            std::copy_n(total + weighted_map_size() - padded_value_dim(), value_dim(),
+                        partial + b * weights + (r * heads.query + h) * value_dim());
+          }
+        }
+      });
+  for (Index b = 0; b < sequences && weights > 0; ++b) {
+    call.grad_weights.matrix() += Eigen::Map<const Matrix<T>>(partial + b * weights, cols, value_dim());
+  }
+}
+
+template <class T>
+void KernelSum<T>::query_gradient_segment(const Backward& call, Tokens<T> grad_row_sum, const ScanStep<T>& step,
+                                          Scratch& scratch) const {
+  const Inputs<T>& inputs = call.inputs;
+  const Sequence s = sequence(inputs, step.sequence);
+  const VisibleKeys visible(inputs, s, false);
+  const auto keys_of_head = [&](Index g) { return keys_of(inputs.key, s, g * dim()); };
+  const auto values_of_head = [&](Index g) { return keys_of(inputs.value, s, g * value_dim()); };
+  const auto queries_of_head = [&](Index h) { return queries_of(inputs.query, s, h * dim()); };
+  const auto grad_out_of_head = [&](Index h) { return queries_of(call.grad_out, s, h * value_dim()); };
+
+  TokenTile<T> query(scratch, dim()), key(scratch, dim()), value(scratch, value_dim());
+  TokenTile<T> grad_out(scratch, value_dim()), grad_query(scratch, dim());
+  T* scores = scratch.take<T>(chunk_tokens * chunk_tokens);
+  T* key_prefix = scratch.take<T>(padded_dim());
+  T* row_sum = scratch.take<T>(chunk_tokens);
+  Lookahead ahead;
+  const auto announce = [&](const Chunk& next, Index g) {
+    ahead.clear();
+    values_of_head(g).from(next.key).announce(ahead, next.keys, value_dim());
+    keys_of_head(g).from(next.key).announce(ahead, next.keys, dim());
+    if (step.sums_only) return;
+    queries_of_head(g * heads.group()).from(next.query).announce(ahead, next.queries, heads.group() * dim());
+    grad_out_of_head(g * heads.group()).from(next.query).announce(ahead, next.queries, heads.group() * value_dim());
+  };
+  step.for_each_chunk(announce, [&](const Chunk& chunk, Index g) {
+    const Index first = s.query_begin + chunk.query;
+    value.load(values_of_head(g).from(chunk.key), chunk.keys, visible.from(chunk.key));
+    for (Index r = 0; r < maps(); ++r) {
+      const RunningSums<T> state = step.sums.from(((g - step.heads.first) * maps() + r) * transposed_map_size());
+      const RunningSums<T> key_sum = state.from(value_dim() * key.stride);
+      key.load(keys_of_head(g).from(chunk.key), chunk.keys, visible.from(chunk.key), map(r), normalize_features);
+      for (Index h = g * heads.group(); h < (g + 1) * heads.group() && !step.sums_only; ++h) {
+        const Index normalizer = r * heads.query + h;
+        query.load(queries_of_head(h).from(chunk.query), chunk.queries, {}, map(r), normalize_features);
+        grad_out.load(grad_out_of_head(h).from(chunk.query), chunk.queries);
+        for (Index i = 0; i < chunk.queries; ++i) {
+          grad_out.features(i) *= call.inverse_normalizer(first + i, normalizer);
+          if (call.weights.rows() > 0) grad_out.features(i) *= weight(call.weights, r, h);
+        }
+        const LaneRows<T>& on_lanes = grad_out.on_lanes(chunk.queries);
+        chunk_scores<T>(on_lanes, value, chunk.keys, scores, nullptr, ahead);
+        chunk_attend(on_lanes, state.running, scores, key, chunk.keys, grad_query, false, ahead);
+        if (eps) {
+          for (Index i = 0; i < chunk.queries; ++i) {
+            row_sum[i] =
+                -call.inverse_normalizer(first + i, normalizer) * (query.features(i) * grad_query.features(i)).sum();
+            grad_row_sum(first + i, normalizer) = row_sum[i];
+          }
+          std::copy_n(key_sum.running, key.stride, key_prefix);
+          chunk_add_prefix_sums<T>(key_prefix, key, nullptr, chunk.keys, row_sum, grad_query, chunk.queries);
+        }
+        query.chain(queries_of_head(h).from(chunk.query), chunk.queries, map(r), normalize_features, grad_query);
+        grad_query.store(queries_of(call.grad.query, s, h * dim()).from(chunk.query), chunk.queries, nullptr,
+                         call.add || r > 0);
+      }
+      state.add_products(value, key, chunk.keys, ahead);
+      key_sum.add_rows(key, nullptr, chunk.keys);
+    }
+  });
+}
+
+template <class T>
+void KernelSum<T>::key_gradient_segment(const Backward& call, Tokens<T> grad_row_sum, const ScanStep<T>& step,
+                                        Scratch& scratch) const {
+  const Inputs<T>& inputs = call.inputs;
+  const Sequence s = sequence(inputs, step.sequence);
+  const VisibleKeys visible(inputs, s, true);
+  const auto keys_of_head = [&](Index g) { return keys_of(inputs.key, s, g * dim(), true); };
+  const auto values_of_head = [&](Index g) { return keys_of(inputs.value, s, g * value_dim(), true); };
+  const auto queries_of_head = [&](Index h) { return queries_of(inputs.query, s, h * dim(), true); };
+  const auto grad_out_of_head = [&](Index h) { return queries_of(call.grad_out, s, h * value_dim(), true); };
+
+  TokenTile<T> query(scratch, dim()), key(scratch, dim()), value(scratch, value_dim()), grad_out(scratch, value_dim());
+  TokenTile<T> grad_key(scratch, dim()), grad_value(scratch, value_dim()), of_head(scratch, value_dim());
+  T* scores = scratch.take<T>(chunk_tokens * chunk_tokens);
+  T* state_transposed = scratch.take<T>(value_dim() * query.stride);
+  T* query_prefix = scratch.take<T>(query.stride);
+  T* row_sum = scratch.take<T>(chunk_tokens);
+  std::fill_n(state_transposed, value_dim() * query.stride, T(0));
+  Lookahead ahead;
+  // In this scan keys take the part of queries and queries that of keys.
+  const auto announce = [&](const Chunk& next, Index g) {
+    ahead.clear();
+    queries_of_head(g * heads.group()).from(next.key).announce(ahead, next.keys, heads.group() * dim());
+    grad_out_of_head(g * heads.group()).from(next.key).announce(ahead, next.keys, heads.group() * value_dim());
+    if (step.sums_only) return;
+    values_of_head(g).from(next.query).announce(ahead, next.queries, value_dim());
+    keys_of_head(g).from(next.query).announce(ahead, next.queries, dim());
+  };
+  step.for_each_chunk(announce, [&](const Chunk& chunk, Index g) {
+    const Index keys = chunk.queries;
+    const Index queries = chunk.keys;
+    const Index last_query = s.query_begin + s.query_count - 1 - chunk.key;
+    const VisibleKeys shown = visible.from(chunk.query);
+    value.load(values_of_head(g).from(chunk.query), keys, shown);
+    grad_value.clear();
+    for (Index r = 0; r < maps(); ++r) {
+      key.load(keys_of_head(g).from(chunk.query), keys, shown, map(r), normalize_features);
+      const LaneRows<T>& keys_on_lanes = key.on_lanes(keys);
+      grad_key.clear();
+      for (Index h = g * heads.group(); h < (g + 1) * heads.group(); ++h) {
+        const Index place = (h - step.heads.first * heads.group()) * maps() + r;
+        const RunningSums<T> state = step.sums.from(place * weighted_map_size());
+        const RunningSums<T> query_sum = state.from(dim() * value.stride);
+        const RunningSums<T> weight_sum = state.from(map_size());
+        query.load(queries_of_head(h).from(chunk.key), queries, {}, map(r), normalize_features);
+        grad_out.load(grad_out_of_head(h).from(chunk.key), queries);
+        for (Index i = 0; i < queries; ++i) {
+          grad_out.features(i) *= call.inverse_normalizer(last_query - i, r * heads.query + h);
+          row_sum[i] = eps ? grad_row_sum(last_query - i, r * heads.query + h) : T(0);
+        }
+        if (!step.sums_only) {
+          const LaneRows<T>& values_on_lanes = value.on_lanes(keys);
+          for (Index c = 0; c < value_dim() && call.weights.rows() > 0; ++c) {
+            Eigen::Map<Eigen::Array<T, chunk_tokens, 1>>(values_on_lanes.data + c * chunk_tokens) *=
+                weight(call.weights, r, h)(c);
+          }
+          transpose(state.running, value.stride, dim(), value_dim(), T(1), state_transposed, query.stride);
+          chunk_scores<T>(values_on_lanes, grad_out, queries, scores, nullptr, ahead);
+          chunk_attend<T>(values_on_lanes, state_transposed, scores, query, queries, grad_key, true, ahead);
+          std::copy_n(query_sum.running, query.stride, query_prefix);
+          chunk_add_prefix_sums<T>(query_prefix, query, row_sum, queries, nullptr, grad_key, keys);
+
+          chunk_scores<T>(keys_on_lanes, query, queries, scores, nullptr, ahead);
+          chunk_attend<T>(keys_on_lanes, state.running, scores, grad_out, queries, of_head, false, ahead);
+          for (Index j = 0; j < keys; ++j) {
+            if (call.weights.rows() == 0) {
+              grad_value.features(j) += of_head.features(j);
+            } else {
+              grad_value.features(j) += weight(call.weights, r, h) * of_head.features(j);
+              of_head.features(j) *= value.features(j);
+            }
+          }
+          if (call.weights.rows() > 0) weight_sum.add_rows(of_head, nullptr, keys);
+        }
+        state.add_products(query, grad_out, queries, ahead);
+        query_sum.add_rows(query, row_sum, queries);
+      }
+      if (step.sums_only) continue;
+      key.chain(keys_of_head(g).from(chunk.query), keys, map(r), normalize_features, grad_key);
+      grad_key.hide(keys, shown);
+      grad_key.store(keys_of(call.grad.key, s, g * dim(), true).from(chunk.query), keys, nullptr, call.add || r > 0);
+    }
+    if (step.sums_only) return;
+    grad_value.hide(keys, shown);
+    grad_value.store(keys_of(call.grad.value, s, g * value_dim(), true).from(chunk.query), keys, nullptr, call.add);
+  });
+}
+
+}  // namespace detail
+}  // namespace NEARFAR_VERSION_NAMESPACE
+}  // namespace nearfar
