@@ -299,6 +299,116 @@ TEST(Multipole, TakesViewsOfLargerMatrices) {
   }
 }
 
+/// sum(grad_out * out) at parameters and inputs moved by `step` along `direction`.
+double moved_loss(Multipole<double> attention, Sample<double> sample, const Matrix<double>& grad_out,
+                  const Gradients<double, MultipoleParameters<double>>& direction, double step) {
+  sample.query += step * direction.query;
+  sample.key += step * direction.key;
+  sample.value += step * direction.value;
+  std::vector<const Matrix<double>*> along;
+  auto parameters = direction.parameters;
+  parameters.for_each([&](const std::string&, const Matrix<double>& matrix) { along.push_back(&matrix); });
+  std::size_t next = 0;
+  attention.parameters().for_each([&](const std::string&, Matrix<double>& matrix) { matrix += step * *along[next++]; });
+  return run_forward(attention, sample).cwiseProduct(grad_out).sum();
+}
+
+TEST(Multipole, HasTheGradientsThatDifferencesShow) {
+  const Heads heads{.query = 2, .key_value = 1, .dim = 3};
+  // The longer one is cut into several segments, whose gradients meet.
+  for (const Index n : {53, 1900}) {
+    for (MultipoleOptions options : every_kind(n == 53 ? 4 : 16, 2)) {
+      const auto attention = make<double>(heads, options);
+      auto sample = random_sample<double>(heads, n, 20);
+      sample.key_mask = Random(21).mask(n, 0.3);
+      Random random(22);
+      const auto grad_out = random.matrix<double>(n, heads.out_cols());
+      auto gradients = run_backward(attention, sample, grad_out);
+      ASSERT_TRUE(finite(gradients.query) && finite(gradients.key) && finite(gradients.value));
+
+      auto direction = gradients;
+      double expected = 0;
+      const auto turn = [&](Matrix<double>& matrix) {
+        const Matrix<double> gradient = matrix;
+        matrix = random.matrix<double>(matrix.rows(), matrix.cols());
+        expected += matrix.cwiseProduct(gradient).sum();
+      };
+      turn(direction.query);
+      turn(direction.key);
+      turn(direction.value);
+      direction.parameters.for_each([&](const std::string&, Matrix<double>& matrix) { turn(matrix); });
+      const double step = 1e-5;
+      const double above = moved_loss(attention, sample, grad_out, direction, step);
+      const double below = moved_loss(attention, sample, grad_out, direction, -step);
+      EXPECT_NEAR((above - below) / (2 * step), expected, 1e-6 * std::max(1.0, std::abs(expected)))
+          << describe(options) << ", n " << n;
+    }
+  }
+}
+
+TEST(Multipole, GradientsDoNotDependOnTheNumberOfThreads) {
+  auto sample = random_sample<float>(small, 3000, 23);
+  sample.key_mask = Random(24).mask(3000, 0.2);
+  const auto grad_out = Random(25).matrix<float>(3000, small.out_cols());
+  for (const MultipoleOptions& options : every_kind(16, 4)) {
+    const auto attention = make<float>(small, options);
+    auto alone = run_backward(attention, sample, grad_out, 1);
+    for (const int threads : {2, 8}) {
+      auto together = run_backward(attention, sample, grad_out, threads);
+      EXPECT_TRUE(same_bits(together.query, alone.query)) << describe(options);
+      EXPECT_TRUE(same_bits(together.key, alone.key)) << describe(options);
+      EXPECT_TRUE(same_bits(together.value, alone.value)) << describe(options);
+      for (std::size_t l = 0; l < alone.parameters.key.size(); ++l) {
+        EXPECT_TRUE(same_bits(together.parameters.key[l].weight, alone.parameters.key[l].weight));
+        EXPECT_TRUE(same_bits(together.parameters.value[l].bias, alone.parameters.value[l].bias));
+      }
+    }
+  }
+}
+
+TEST(Multipole, GradientsOfAPackedBatchAreThoseOfItsSequencesAndParametersAddUp) {
+  for (const MultipoleOptions& options : every_kind(4, 2)) {
+    const auto attention = make<double>(small, options);
+    std::vector<Sample<double>> parts;
+    for (const Index n : {0, 37, 1, 90}) parts.push_back(random_sample<double>(small, n, 26));
+    const auto grad_out = Random(27).matrix<double>(128, small.out_cols());
+    auto packed = run_backward(attention, pack<double>(parts), grad_out);
+    auto added = packed.parameters;
+    Index row = 0;
+    for (const auto& part : parts) {
+      const Index n = part.query.rows();
+      auto alone = run_backward(attention, part, Matrix<double>(grad_out.middleRows(row, n)));
+      EXPECT_TRUE(same_bits(packed.query.middleRows(row, n), alone.query)) << describe(options);
+      EXPECT_TRUE(same_bits(packed.key.middleRows(row, n), alone.key)) << describe(options);
+      EXPECT_TRUE(same_bits(packed.value.middleRows(row, n), alone.value)) << describe(options);
+      for (std::size_t l = 0; l < added.key.size(); ++l) {
+        added.key[l].weight -= alone.parameters.key[l].weight;
+        added.value[l].bias -= alone.parameters.value[l].bias;
+      }
+      row += n;
+    }
+    for (std::size_t l = 0; l < added.key.size(); ++l) {
+      EXPECT_LT(added.key[l].weight.cwiseAbs().maxCoeff(), 1e-12);
+      EXPECT_LT(added.value[l].bias.cwiseAbs().maxCoeff(), 1e-12);
+    }
+  }
+}
+
+TEST(Multipole, RowsThatSeeNothingHaveZeroGradients) {
+  auto sample = random_sample<float>(small, 70, 28);
+  sample.key_mask.assign(70, 0);
+  poison_masked_keys(sample);
+  const auto grad_out = Random(29).matrix<float>(70, small.out_cols());
+  for (const MultipoleOptions& options : every_kind(4, 2)) {
+    auto gradients = run_backward(make<float>(small, options), sample, grad_out);
+    for (const auto* gradient : {&gradients.query, &gradients.key, &gradients.value}) {
+      EXPECT_TRUE((gradient->array() == 0).all()) << describe(options);
+    }
+    gradients.parameters.for_each(
+        [](const std::string&, const Matrix<float>& matrix) { EXPECT_TRUE((matrix.array() == 0).all()); });
+  }
+}
+
 template <class Action>
 std::string error_of(Action&& action) {
   try {
@@ -323,6 +433,23 @@ TEST(Multipole, RefusesBadOptionsInOneSentence) {
             "later tokens, but causal and pooled_queries are both true.");
   EXPECT_EQ(error({}, {.query = 2, .key_value = 2, .dim = 4, .value_dim = 6}),
             "nearfar::Multipole: heads.value_dim must equal heads.dim, but they are 6 and 4.");
+}
+
+TEST(Multipole, RefusesGradientsOfOtherParameters) {
+  const Multipole<float> attention(small,
+                                   {.block = 4, .rank = 2, .pooling = Pooling::grouped_convolution, .levels = 2});
+  const auto sample = random_sample<float>(small, 10, 17);
+  Matrix<float> out(10, small.out_cols());
+  Matrix<float> grad_query = sample.query, grad_key = sample.key, grad_value = sample.value;
+  Multipole<float>::Saved saved;
+  attention.forward(sample.inputs(), out, saved);
+  MultipoleParameters<float> none;
+  EXPECT_EQ(
+      error_of([&] {
+        attention.backward(sample.inputs(), out, saved, out, {grad_query, grad_key, grad_value}, none);
+      }),
+      "nearfar::Multipole: grad_parameters must have the levels of the parameters, 2, but has 0 for keys and 0 for "
+      "values.");
 }
 
 TEST(Multipole, RefusesMoreLevelsThanItHasParametersForBeforeItWrites) {
