@@ -18,6 +18,7 @@ int main(int count, char** values) try {
   comparison.add("banded", nearfar::Banded<float>(heads, {.window = {64, 64}}));
   comparison.add("linear", nearfar::Linear<float>(heads));
   comparison.add("nystrom", nearfar::Nystrom<float>(heads));
+  comparison.add("fmm", nearfar::Fmm<float>(heads));
   comparison.add("additive", nearfar::Additive<float>(heads));
   comparison.add("multipole", nearfar::Multipole<float>(heads));
   comparison.add("multipole, pooled queries", nearfar::Multipole<float>(heads, {.pooled_queries = true}));

@@ -13,11 +13,12 @@ namespace {
 
 using namespace nearfar;
 using nearfar::test::random_sample;
+using nearfar::test::run_backward;
 using nearfar::test::run_forward;
 using nearfar::test::same_bits;
 
-static_assert(Attention<AnyAttention<float>>);
-static_assert(Attention<AnyAttention<double>>);
+static_assert(DifferentiableAttention<AnyAttention<float>> && StreamingAttention<AnyAttention<float>>);
+static_assert(DifferentiableAttention<AnyAttention<double>> && StreamingAttention<AnyAttention<double>>);
 
 constexpr Heads heads{.query = 2, .key_value = 2, .dim = 4};
 
@@ -49,6 +50,8 @@ const std::vector<std::string> full_lines = {
     "banded:left=3,right=5,causal,scale=0.25",
     "linear:maps=tanh+elu_flip,causal,normalizer=sqrt_length,eps=0.001,normalize_features",
     "nystrom:landmarks=3,scale=0.25,tolerance=1e-9",
+    "fmm:left=3,right=5,maps=tanh+relu,causal,scale=0.25,normalizer=sqrt_length,eps=0.001,normalize_features,"
+    "gate=identity,weights=shared",
     "additive:causal,scale=0.25,per_head_weights,bias=off,transform=off,add_query=off",
     "multipole:block=8,rank=2,mass_scaling=off,pooling=hierarchical_convolution,pooled_queries,query_pooling=all,"
     "scale=0.25,levels=3",
@@ -86,7 +89,21 @@ TEST(AnyAttention, ReadsEveryOption) {
   EXPECT_EQ(nystrom.scale, 0.25);
   EXPECT_EQ(nystrom.tolerance, 1e-9);
 
-  const auto additive = options_of<Additive>(full_lines[4]);
+  const auto fmm = options_of<Fmm>(full_lines[4]);
+  EXPECT_EQ(fmm.window, (Window{3, 5}));
+  ASSERT_EQ(fmm.feature_maps.size(), 2u);
+  EXPECT_EQ(fmm.feature_maps[0].name(), "tanh");
+  EXPECT_EQ(fmm.feature_maps[1].name(), "relu");
+  EXPECT_TRUE(fmm.causal);
+  EXPECT_EQ(fmm.scale, 0.25);
+  EXPECT_EQ(fmm.normalizer, Normalizer::sqrt_length);
+  EXPECT_EQ(fmm.eps, 0.001);
+  EXPECT_TRUE(fmm.normalize_features);
+  EXPECT_EQ(fmm.gate, Gate::identity);
+  EXPECT_EQ(fmm.weights, BlendWeights::shared);
+  EXPECT_EQ(options_of<Fmm>("fmm:weights=per_head").weights, BlendWeights::per_head);
+
+  const auto additive = options_of<Additive>(full_lines[5]);
   EXPECT_TRUE(additive.causal);
   EXPECT_EQ(additive.scale, 0.25);
   EXPECT_TRUE(additive.per_head_weights);
@@ -94,7 +111,7 @@ TEST(AnyAttention, ReadsEveryOption) {
   EXPECT_FALSE(additive.transform);
   EXPECT_FALSE(additive.add_query);
 
-  const auto multipole = options_of<Multipole>(full_lines[5]);
+  const auto multipole = options_of<Multipole>(full_lines[6]);
   EXPECT_EQ(multipole.block, 8);
   EXPECT_EQ(multipole.rank, 2);
   EXPECT_FALSE(multipole.causal);
@@ -123,6 +140,7 @@ TEST(AnyAttention, GivesWhatTheMechanismGives) {
   EXPECT_TRUE(same_bits(run("linear:maps=tanh"),
                         run_forward(Linear<double>(heads, {.feature_maps = {feature_map::Tanh{}}}), sample)));
   EXPECT_TRUE(same_bits(run("nystrom:landmarks=5"), run_forward(Nystrom<double>(heads, {.landmarks = 5}), sample)));
+  EXPECT_TRUE(same_bits(run("fmm:left=4,right=4"), run_forward(Fmm<double>(heads, {.window = {4, 4}}), sample)));
   EXPECT_TRUE(same_bits(run("additive:causal"), run_forward(Additive<double>(heads, {.causal = true}), sample)));
   EXPECT_TRUE(same_bits(run("multipole:block=4,rank=2"),
                         run_forward(Multipole<double>(heads, {.block = 4, .rank = 2}), sample)));
@@ -169,7 +187,7 @@ TEST(AnyAttention, ReadsAndPrintsNumbersAlikeInEveryLocale) {
 }
 
 TEST(AnyAttention, NamesAnUnknownMechanismAndListsTheKnown) {
-  const std::string known = "; known are softmax, banded, linear, nystrom, additive, multipole.";
+  const std::string known = "; known are softmax, banded, linear, nystrom, fmm, additive, multipole.";
   EXPECT_EQ(error_of("sofmax"), "nearfar::AnyAttention: unknown mechanism \"sofmax\"" + known);
   EXPECT_EQ(error_of("Softmax:causal"), "nearfar::AnyAttention: unknown mechanism \"Softmax\"" + known);
   EXPECT_EQ(error_of(""), "nearfar::AnyAttention: unknown mechanism \"\"" + known);
@@ -221,6 +239,126 @@ TEST(AnyAttention, LeavesWhatDoesNotFitTogetherToTheMechanism) {
   EXPECT_EQ(error_of("multipole:rank=3"), "nearfar::Multipole: rank must divide block, but 3 does not divide 64.");
 }
 
+/// Draws every matrix anew.
+template <class Parameters>
+void draw(Parameters&& parameters, std::uint64_t seed) {
+  nearfar::test::Random random(seed);
+  parameters.for_each(
+      [&](const auto&, Matrix<double>& matrix) { matrix = random.matrix<double>(matrix.rows(), matrix.cols()); });
+}
+
+std::vector<Matrix<double>> all_of(AnyAttention<double>::Parameters parameters) {
+  std::vector<Matrix<double>> matrices;
+  parameters.for_each([&](const auto&, Matrix<double>& matrix) { matrices.push_back(matrix); });
+  return matrices;
+}
+
+TEST(AnyAttention, TrainsAsEachMechanismDoes) {
+  const auto sample = random_sample<double>(heads, 21, 2);
+  const Matrix<double> grad_out = random_sample<double>(heads, 21, 3).query;
+  for (const std::string line :
+       {"softmax:causal", "banded:left=2,right=1", "linear:maps=elu+tanh", "nystrom:landmarks=4", "fmm:left=2,right=2",
+        "additive:per_head_weights", "multipole:block=4,rank=2,pooling=grouped_convolution,levels=3"}) {
+    AnyAttention<double> any(heads, line);
+    draw(any.parameters(), 4);
+    const auto actual = run_backward(any, sample, grad_out);
+    any.visit([&](const auto& mechanism) {
+      auto expected = run_backward(mechanism, sample, grad_out);
+      EXPECT_TRUE(same_bits(actual.out, expected.out)) << line;
+      EXPECT_TRUE(same_bits(actual.query, expected.query)) << line;
+      EXPECT_TRUE(same_bits(actual.key, expected.key)) << line;
+      EXPECT_TRUE(same_bits(actual.value, expected.value)) << line;
+      const std::vector<Matrix<double>> gradients = all_of(actual.parameters);
+      auto next = gradients.begin();
+      expected.parameters.for_each([&](const auto& name, Matrix<double>& gradient) {
+        ASSERT_NE(next, gradients.end());
+        EXPECT_TRUE(same_bits(*next++, gradient)) << line << ' ' << name;
+      });
+      EXPECT_EQ(next, gradients.end());
+    });
+  }
+}
+
+TEST(AnyAttention, RunsWithTheParametersThatStandInIt) {
+  const auto sample = random_sample<double>(heads, 9, 2);
+  AnyAttention<double> any(heads, "additive");
+  Additive<double> direct(heads);
+  EXPECT_TRUE(same_bits(run_forward(any, sample), run_forward(direct, sample)));
+  draw(any.parameters(), 5);
+  EXPECT_FALSE(same_bits(run_forward(any, sample), run_forward(direct, sample)));
+  draw(direct.parameters(), 5);
+  EXPECT_TRUE(same_bits(run_forward(any, sample), run_forward(direct, sample)));
+}
+
+TEST(AnyAttention, CopiesItsParametersFromWhereTheyStand) {
+  AnyAttention<double> any(heads, "additive");
+  draw(any.parameters(), 1);
+  AnyAttention<double>::Parameters copy = any.parameters();
+  const std::vector<Matrix<double>> copied = all_of(copy);
+  copy.for_each([](const auto&, Matrix<double>& matrix) { matrix.setZero(); });
+  EXPECT_EQ(copied.size(), 6u);
+  EXPECT_EQ(copied, all_of(any.parameters()));
+}
+
+TEST(AnyAttention, RefusesWhatAnotherMechanismSaved) {
+  const auto sample = random_sample<double>(heads, 5, 2);
+  Matrix<double> out = sample.query, query = sample.query, key = sample.key, value = sample.value;
+  const AnyAttention<double> linear(heads, "linear"), additive(heads, "additive");
+  AnyAttention<double>::Saved saved_by_linear, saved_by_additive;
+  linear.forward(sample.inputs(), out, saved_by_linear);
+  additive.forward(sample.inputs(), out, saved_by_additive);
+  const auto error_of_backward = [&](const AnyAttention<double>::Saved& saved,
+                                     AnyAttention<double>::Parameters parameters) -> std::string {
+    try {
+      additive.backward(sample.inputs(), out, saved, out, {query, key, value}, parameters);
+    } catch (const std::invalid_argument& error) {
+      return error.what();
+    }
+    return "no error";
+  };
+  EXPECT_EQ(error_of_backward(saved_by_additive, additive.parameters()), "no error");
+  EXPECT_EQ(error_of_backward(saved_by_linear, additive.parameters()),
+            "nearfar::AnyAttention: saved must come from additive, but comes from another mechanism.");
+  EXPECT_EQ(error_of_backward(saved_by_additive, linear.parameters()),
+            "nearfar::AnyAttention: grad_parameters must come from additive, but comes from another mechanism.");
+}
+
+TEST(AnyAttention, StreamsAsTheMechanismDoes) {
+  const auto sample = random_sample<double>(heads, 12, 6);
+  for (const std::string line : {"linear:causal", "additive:causal"}) {
+    const AnyAttention<double> any(heads, line);
+    const Matrix<double> whole = run_forward(any, sample);
+    Matrix<double> out(12, heads.out_cols());
+    AnyAttention<double>::State state = any.start();
+    for (const auto& [first, count] : {std::pair<Index, Index>{0, 5}, {5, 1}, {6, 6}}) {
+      any.extend(state,
+                 {sample.query.middleRows(first, count), sample.key.middleRows(first, count),
+                  sample.value.middleRows(first, count)},
+                 out.middleRows(first, count));
+    }
+    EXPECT_TRUE(nearfar::test::close(out, whole, 1e-13)) << line;
+  }
+}
+
+TEST(AnyAttention, RefusesStreamsOfWhatCannotStreamOrOfAnotherMechanism) {
+  const AnyAttention<double> nystrom(heads, "nystrom"), linear(heads, "linear:causal"),
+      additive(heads, "additive:causal");
+  const auto error_of_call = [](auto&& call) -> std::string {
+    try {
+      call();
+    } catch (const std::invalid_argument& error) {
+      return error.what();
+    }
+    return "no error";
+  };
+  EXPECT_EQ(error_of_call([&] { nystrom.start(); }), "nearfar::AnyAttention: nystrom cannot be streamed.");
+  EXPECT_EQ(error_of_call([&] {
+              auto state = additive.start();
+              linear.extend(state, {}, {});
+            }),
+            "nearfar::AnyAttention: state must come from linear, but comes from another mechanism.");
+}
+
 // A mechanism of the user's own, with one option.
 
 struct ConstantOptions {
@@ -255,12 +393,12 @@ struct nearfar::LineFormat<ConstantOptions> {
 namespace {
 
 TEST(AnyAttention, TakesAMechanismOfTheUsersOwn) {
-  using Any = AnyAttention<float, Constant<float>>;
+  using Any = AnyAttention<double, Constant<double>>;
   static_assert(Attention<Any> && !DifferentiableAttention<Any>);
   const Any attention(heads, "constant:value=2.5");
   EXPECT_EQ(attention.line(), "constant:value=2.5");
-  const auto sample = random_sample<float>(heads, 3, 1);
-  EXPECT_TRUE(same_bits(run_forward(attention, sample), Matrix<float>(Matrix<float>::Constant(3, 8, 2.5F))));
+  const auto sample = random_sample<double>(heads, 3, 1);
+  EXPECT_TRUE(same_bits(run_forward(attention, sample), Matrix<double>(Matrix<double>::Constant(3, 8, 2.5))));
   EXPECT_EQ(Any(heads, "softmax").name(), "softmax");
   EXPECT_THROW(Any(heads, "constant:valu=1"), std::invalid_argument);
 }

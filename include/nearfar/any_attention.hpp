@@ -3,6 +3,7 @@
 #include <nearfar/additive.hpp>
 #include <nearfar/banded.hpp>
 #include <nearfar/detail/option_line.hpp>
+#include <nearfar/fmm.hpp>
 #include <nearfar/linear.hpp>
 #include <nearfar/multipole.hpp>
 #include <nearfar/nystrom.hpp>
@@ -24,6 +25,12 @@ namespace detail {
 
 template <>
 inline constexpr std::array<std::string_view, 2> enumerator_names<Normalizer>{"row_sum", "sqrt_length"};
+
+template <>
+inline constexpr std::array<std::string_view, 2> enumerator_names<Gate>{"sigmoid", "identity"};
+
+template <>
+inline constexpr std::array<std::string_view, 3> enumerator_names<BlendWeights>{"per_feature", "per_head", "shared"};
 
 template <>
 inline constexpr std::array<std::string_view, 3> enumerator_names<Pooling>{"average", "grouped_convolution",
@@ -49,6 +56,7 @@ struct ValueText<std::vector<AnyFeatureMap>> {
 
   static std::string print(const std::vector<AnyFeatureMap>& maps) {
     std::vector<std::string_view> names;
+    names.reserve(maps.size());
     for (const AnyFeatureMap& map : maps) names.push_back(map.name());
     return joined(names, "+");
   }
@@ -101,6 +109,22 @@ struct LineFormat<NystromOptions> {
 };
 
 template <>
+struct LineFormat<FmmOptions> {
+  using Options = FmmOptions;
+  static constexpr std::string_view name = "fmm";
+  static constexpr std::array options = {line_option<&Options::window, &Window::left>("left"),
+                                         line_option<&Options::window, &Window::right>("right"),
+                                         line_option<&Options::feature_maps>("maps"),
+                                         line_option<&Options::causal>("causal"),
+                                         line_option<&Options::scale>("scale"),
+                                         line_option<&Options::normalizer>("normalizer"),
+                                         line_option<&Options::eps>("eps"),
+                                         line_option<&Options::normalize_features>("normalize_features"),
+                                         line_option<&Options::gate>("gate"),
+                                         line_option<&Options::weights>("weights")};
+};
+
+template <>
 struct LineFormat<AdditiveOptions> {
   using Options = AdditiveOptions;
   static constexpr std::string_view name = "additive";
@@ -129,7 +153,8 @@ struct LineFormat<MultipoleOptions> {
 
 namespace detail {
 
-// What training keeps for a mechanism, a type for each, so that a variant of them has no type twice.
+// What training and streaming keep for a mechanism: a type for each, so that a variant of them has no type twice, and
+// an empty one where the mechanism keeps nothing.
 template <class M>
 struct SavedOf {};
 template <DifferentiableAttention M>
@@ -144,6 +169,13 @@ struct ParametersOf<M> {
   typename M::Parameters parameters;
 };
 
+template <class M>
+struct StateOf {};
+template <StreamingAttention M>
+struct StateOf<M> {
+  typename M::State state;
+};
+
 }  // namespace detail
 
 /// One of several mechanisms, chosen at run time by a line of text, so that an experiment names it in a file:
@@ -154,11 +186,12 @@ struct ParametersOf<M> {
 /// that is on or off may be named alone for on. Names and values are those of the mechanism's Options, as the tables
 /// above give them; the others keep their defaults.
 ///
-/// It is itself Attention, and DifferentiableAttention if all its mechanisms are. A call costs one branch more than
-/// that of the mechanism that is held.
+/// It is itself Attention, DifferentiableAttention if all its mechanisms are, and StreamingAttention if one is. A call
+/// costs one branch more than that of the mechanism that is held.
 template <class... Mechanisms>
 class AnyAttentionOf {
   static constexpr bool differentiable = (DifferentiableAttention<Mechanisms> && ...);
+  static constexpr bool streaming = (StreamingAttention<Mechanisms> || ...);
 
  public:
   using Scalar = typename std::tuple_element_t<0, std::tuple<Mechanisms...>>::Scalar;
@@ -176,6 +209,11 @@ class AnyAttentionOf {
     void for_each(Visit&& visit) {
       std::visit([&](auto& held) { held.parameters.for_each(visit); }, of);
     }
+  };
+
+  /// What a stream of the mechanism that started it remembers.
+  struct State {
+    std::variant<detail::StateOf<Mechanisms>...> of;
   };
 
   /// The parameters where they stand in the mechanism, for an optimiser to step.
@@ -251,22 +289,46 @@ class AnyAttentionOf {
     });
   }
 
-  /// Throws std::invalid_argument if `saved` or `grad_parameters` belong to another mechanism.
+  /// Throws std::invalid_argument if `saved` or `grad_parameters` come from another mechanism.
   void backward(const Inputs<Scalar>& inputs, Tokens<const Scalar> out, const Saved& saved,
                 Tokens<const Scalar> grad_out, const InputGradients<Scalar>& grad_inputs, Parameters& grad_parameters,
                 Context& context = default_context()) const requires differentiable {
     visit([&]<class M>(const M& mechanism) {
-      const auto* saved_of = std::get_if<detail::SavedOf<M>>(&saved.of);
-      auto* parameters_of = std::get_if<detail::ParametersOf<M>>(&grad_parameters.of);
-      detail::require(saved_of != nullptr, detail::line_reader, "saved is not that of ", name(), ".");
-      detail::require(parameters_of != nullptr, detail::line_reader, "grad_parameters are not those of ", name(), ".");
-      mechanism.backward(inputs, out, saved_of->saved, grad_out, grad_inputs, parameters_of->parameters, context);
+      mechanism.backward(inputs, out, part<detail::SavedOf<M>>(saved, "saved").saved, grad_out, grad_inputs,
+                         part<detail::ParametersOf<M>>(grad_parameters, "grad_parameters").parameters, context);
+    });
+  }
+
+  /// Throws std::invalid_argument if the mechanism that is held cannot be streamed.
+  State start() const requires streaming {
+    return visit([&]<class M>(const M& mechanism) -> State {
+      detail::require(StreamingAttention<M>, detail::line_reader, name(), " cannot be streamed.");
+      if constexpr (StreamingAttention<M>) return {detail::StateOf<M>{mechanism.start()}};
+      return {};
+    });
+  }
+
+  /// Throws std::invalid_argument if `state` comes from another mechanism.
+  void extend(State& state, const Inputs<Scalar>& inputs, Tokens<Scalar> out,
+              Context& context = default_context()) const requires streaming {
+    visit([&]<class M>(const M& mechanism) {
+      auto& held = part<detail::StateOf<M>>(state, "state");
+      if constexpr (StreamingAttention<M>) mechanism.extend(held.state, inputs, out, context);
     });
   }
 
  private:
   AnyAttentionOf(const Heads& heads, const detail::OptionLine& line) : mechanism_(make(heads, line)) {
     line_ = visit([&](const auto& mechanism) { return print(mechanism.options(), detail::names_of(line.options)); });
+  }
+
+  /// The part `Of` of a Saved, Parameters or State.
+  template <class Of, class Kept>
+  auto& part(Kept& kept, std::string_view argument) const {
+    auto* const part = std::get_if<Of>(&kept.of);
+    detail::require(part != nullptr, detail::line_reader, argument, " must come from ", name(),
+                    ", but comes from another mechanism.");
+    return *part;
   }
 
   template <class Options>
@@ -303,8 +365,8 @@ class AnyAttentionOf {
 
 /// All of nearfar's mechanisms and any of your own: those need Options, options() and a LineFormat of them.
 template <class Scalar, class... Own>
-using AnyAttention = AnyAttentionOf<Softmax<Scalar>, Banded<Scalar>, Linear<Scalar>, Nystrom<Scalar>, Additive<Scalar>,
-                                    Multipole<Scalar>, Own...>;
+using AnyAttention = AnyAttentionOf<Softmax<Scalar>, Banded<Scalar>, Linear<Scalar>, Nystrom<Scalar>, Fmm<Scalar>,
+                                    Additive<Scalar>, Multipole<Scalar>, Own...>;
 
 }  // namespace NEARFAR_VERSION_NAMESPACE
 }  // namespace nearfar

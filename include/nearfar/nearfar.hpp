@@ -15,6 +15,7 @@
 #include <nearfar/banded.hpp>          // near field: a window
 #include <nearfar/linear.hpp>          // far field: feature maps
 #include <nearfar/nystrom.hpp>         // far field: landmarks
+#include <nearfar/fmm.hpp>             // both fields, blended by learned weights
 #include <nearfar/additive.hpp>        // one global query, one global key
 #include <nearfar/multipole.hpp>       // near blocks one by one, far groups pooled
 

@@ -206,6 +206,7 @@ constexpr auto line_option(std::string_view name) {
 template <class NamedOptions>
 std::vector<std::string_view> names_of(const NamedOptions& options) {
   std::vector<std::string_view> names;
+  names.reserve(options.size());
   for (const auto& option : options) names.push_back(option.name);
   return names;
 }
