@@ -15,7 +15,7 @@ std::vector<float> attend(const std::vector<float>& tokens) {
   std::vector<float> all;
   for (const char* line :
        {"softmax", "softmax:causal", "banded:left=20,right=3", "linear:maps=elu+tanh", "linear:causal",
-        "nystrom:landmarks=4", "additive", "multipole:block=16", "multipole:block=16,causal"}) {
+        "nystrom:landmarks=4", "fmm", "additive", "multipole:block=16", "multipole:block=16,causal"}) {
     nearfar::Matrix<float> out(token_count, width);
     nearfar::AnyAttention<float>(heads, line).forward({view, view, view}, out);
     all.insert(all.end(), out.data(), out.data() + out.size());
