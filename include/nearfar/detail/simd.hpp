@@ -34,6 +34,7 @@ using Eigen::internal::ploadu;
 using Eigen::internal::plset;
 using Eigen::internal::pmadd;
 using Eigen::internal::pmax;
+using Eigen::internal::pmin;
 using Eigen::internal::pmul;
 using Eigen::internal::predux;
 using Eigen::internal::pselect;

@@ -25,21 +25,15 @@ struct Broadcast {
 template <int Vectors>
 inline constexpr int tile_rows = vector_registers >= 32 ? 16 / Vectors : (vector_registers - 4) / Vectors;
 
-/// Calls visit(std::integral_constant<int, rows>, first) for consecutive groups of rows that cover `rows`: full
-/// register tiles, then what is left in tiles of 4, 2 and 1.
+/// Calls visit(std::integral_constant<int, count>, first) for consecutive groups of `count` rows that cover `rows`: full
+/// register tiles, then what is left by fours and one by one.
 template <int Vectors, class Visit>
 NEARFAR_INLINE void for_each_tile(Index rows, Visit&& visit) {
   constexpr int full = tile_rows<Vectors>;
   Index r = 0;
   for (; r + full <= rows; r += full) visit(std::integral_constant<int, full>{}, r);
-  if constexpr (full > 8) {
-    if (r + 8 <= rows) visit(std::integral_constant<int, 8>{}, r), r += 8;
-  }
-  if constexpr (full > 4) {
-    if (r + 4 <= rows) visit(std::integral_constant<int, 4>{}, r), r += 4;
-  }
-  if (r + 2 <= rows) visit(std::integral_constant<int, 2>{}, r), r += 2;
-  if (r < rows) visit(std::integral_constant<int, 1>{}, r);
+  for (; r + 4 <= rows; r += 4) visit(std::integral_constant<int, 4>{}, r);
+  for (; r < rows; ++r) visit(std::integral_constant<int, 1>{}, r);
 }
 
 /// Calls visit(std::integral_constant<int, Vectors>, first) for the panels, of two vectors and at last perhaps one,

@@ -35,6 +35,8 @@ void window_attention_in_panels(Work& work, const Heads& heads, Window window, d
     KeyTile<T> keys(scratch, dim, value_dim);
     const Tokens query =
         inputs.query.middle_rows(rows.query_begin + tile.first, tile.count).middle_cols(head * dim, dim);
+    const Tokens result =
+        out.middle_rows(rows.query_begin + tile.first, tile.count).middle_cols(head * value_dim, value_dim);
     queries.load(query.data(), query.stride(), tile.first, tile.count, T(scale) * log2_e<T>);
     const Tokens key = inputs.key.middle_rows(rows.key_begin, rows.key_count).middle_cols(key_head * dim, dim);
     const Tokens value =
@@ -50,7 +52,10 @@ void window_attention_in_panels(Work& work, const Heads& heads, Window window, d
         if (next > 0) {
           ahead.add(key.row(j + 1), key.stride(), next, dim);
           ahead.add(value.row(j + 1), value.stride(), next, value_dim);
-        } else if (head + 1 < heads.query) {
+        } else {
+          ahead.add(result.data(), result.stride(), result.rows(), value_dim);
+        }
+        if (next == 0 && head + 1 < heads.query) {
           // The next task is likely this tile's next head.
           const Index columns = (head + 1) % heads.group() == 0 ? dim : 0;
           const Index first = std::min(seen.count(), KeyTile<T>::capacity);
@@ -63,7 +68,7 @@ void window_attention_in_panels(Work& work, const Heads& heads, Window window, d
       }
     }
     queries.finish(
-        out.row(rows.query_begin + tile.first) + head * value_dim, out.stride(),
+        result.data(), result.stride(),
         log_sum_exp == nullptr ? nullptr : log_sum_exp + head * inputs.query.rows() + rows.query_begin + tile.first,
         factors.rows() == 0 ? nullptr : factors.row(head));
   });
