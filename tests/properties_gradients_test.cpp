@@ -28,7 +28,7 @@ class Gradient : public Property {
       matrix = at;
       return (above - below) / (2 * step);
     };
-    return (4 * difference(5e-4) - difference(1e-3)) / 3;
+    return (4 * difference(5e-5) - difference(1e-4)) / 3;
   }
 
   /// Holds every gradient to differences along random directions, at queries and keys that stay clear of 0, where some

@@ -93,7 +93,8 @@ class TokenTile : public PaddedRows<T> {
     map.value(from.data, from.stride, count, dim, data, stride);
     for (Index i = 0; i < count && normalize; ++i) {
       const T total = features(i).sum();
-      share_[i] = total == T(0) ? T(0) : T(1) / total;
+      // Below the smallest normal number the inverse overflows, and the features have no digits left.
+      share_[i] = std::abs(total) < std::numeric_limits<T>::min() ? T(0) : T(1) / total;
       features(i) *= share_[i];
     }
     hide(count, visible);
