@@ -38,7 +38,15 @@ int main(int count, char** arguments) try {
   if (benchmark::ReportUnrecognizedArguments(left, rest.data())) return 2;
 
   bench::Suite suite(quick, filter);
-  bench::add_forward_and_backward(suite);
+  for (const bool causal : {false, true}) {
+    bench::add_softmax(suite, causal);
+    bench::add_banded(suite, causal);
+    bench::add_linear(suite, causal);
+    if (!causal) bench::add_nystrom(suite);
+    bench::add_fmm(suite, causal);
+    bench::add_additive(suite, causal);
+    bench::add_multipole(suite, causal);
+  }
   bench::add_eigen(suite);
 #ifdef NEARFAR_BENCH_OPENBLAS
   bench::add_openblas(suite);

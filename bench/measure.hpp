@@ -107,8 +107,8 @@ class Machine {
 
   void sample() {
     append(peak_, is_double_ ? peak_gflops<double>(threads_, 7) : peak_gflops<float>(threads_, 7));
-    append(ordinary_, triad().gbytes_per_second(Stores::ordinary, threads_, 3));
-    append(non_temporal_, triad().gbytes_per_second(Stores::non_temporal, threads_, 3));
+    append(ordinary_, triad().gbytes_per_second(Stores::ordinary, threads_, 2));
+    append(non_temporal_, triad().gbytes_per_second(Stores::non_temporal, threads_, 2));
   }
 
   double peak() const { return median(peak_); }
@@ -143,7 +143,7 @@ double measure(benchmark::State& state, const Suite& suite, int threads, const C
   const auto extra = heap.bytes();
 
   Machine machine(std::is_same_v<T, double>, threads);
-  const double seconds = suite.quick() ? 0.15 : 1;
+  const double seconds = suite.quick() ? 0.1 : 1;
   const double fewest = suite.quick() || first > 5 ? 1 : 3;
   const auto calls = static_cast<Index>(std::clamp(seconds / first, fewest, 10000.0));
   std::vector<double> times;

@@ -114,16 +114,16 @@ void add_libtorch(Suite& suite) {
           };
         });
     add_peer(
-        suite, "banded", causal, {.quick = 16384, .full = 65536},
+        suite, "banded", causal, {.quick = 4096, .full = 65536},
         [=](Index n) { return flops_of_window(standard_heads, banded_window(causal), n); },
         [=](Index n) -> Attend { return BlockedBand(banded_window(causal), n); });
   }
   add_peer(
-      suite, "linear", false, {.quick = 16384, .full = 65536},
+      suite, "linear", false, {.quick = 4096, .full = 65536},
       [](Index n) { return flops_of_linear(standard_heads, n, 1, false); },
       [](Index) -> Attend { return linear_attention; });
   add_peer(
-      suite, "additive", false, {.quick = 16384, .full = 65536},
+      suite, "additive", false, {.quick = 4096, .full = 65536},
       [](Index n) { return flops_of_additive(standard_heads, n, false); },
       [](Index) -> Attend {
         const Tensor query_weights = torch::randn({heads * dim, heads});

@@ -64,7 +64,14 @@ class Suite {
   std::size_t size_ = 0;
 };
 
-void add_forward_and_backward(Suite& suite);
+// Each adds its rows.
+void add_softmax(Suite& suite, bool causal);
+void add_banded(Suite& suite, bool causal);
+void add_linear(Suite& suite, bool causal);
+void add_nystrom(Suite& suite);
+void add_fmm(Suite& suite, bool causal);
+void add_additive(Suite& suite, bool causal);
+void add_multipole(Suite& suite, bool causal);
 void add_eigen(Suite& suite);
 void add_openblas(Suite& suite);
 void add_libtorch(Suite& suite);
