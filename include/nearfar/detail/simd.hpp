@@ -3,6 +3,10 @@
 #include <nearfar/tokens.hpp>
 
 #include <algorithm>
+#include <bit>
+#include <cstddef>
+#include <numeric>
+#include <utility>
 
 #if defined(_MSC_VER) && !defined(__clang__)
 #define NEARFAR_INLINE __forceinline
@@ -103,6 +107,51 @@ NEARFAR_INLINE void transpose_block(const T* from, Index from_stride, const P& s
   for (int i = 0; i < width; ++i) block.packet[i] = pmul(ploadu<P>(from + i * from_stride), scale);
   if constexpr (width > 1) ptranspose(block);
   for (int i = 0; i < width; ++i) pstoreu(to + i * to_stride, block.packet[i]);
+}
+
+#if defined(__GNUC__)
+/// One step of sum_lanes: in runs of `Run` lanes, what a and b have in their even runs plus what they have in their odd
+/// runs, a and b taking turns.
+template <int Run, class P, std::size_t... Lane>
+NEARFAR_INLINE P fold(const P& a, const P& b, std::index_sequence<Lane...>) {
+  typedef typename Eigen::internal::unpacket_traits<P>::type Lanes __attribute__((vector_size(sizeof(P))));
+  constexpr auto source = [](int lane, int odd) {
+    const int run = lane / Run;
+    const int of_b = run % 2 * static_cast<int>(sizeof...(Lane));
+    return of_b + (run - run % 2 + odd) * Run + lane % Run;
+  };
+  const auto x = std::bit_cast<Lanes>(a);
+  const auto y = std::bit_cast<Lanes>(b);
+  return std::bit_cast<P>(__builtin_shufflevector(x, y, source(int{Lane}, 0)...) +
+                          __builtin_shufflevector(x, y, source(int{Lane}, 1)...));
+}
+
+template <int Run, class P>
+NEARFAR_INLINE P fold_all(P* packets) {
+  constexpr int width = Eigen::internal::unpacket_traits<P>::size;
+  if constexpr (Run < width) {
+    NEARFAR_UNROLL for (int i = 0; i < width; i += 2 * Run) {
+      packets[i] = fold<Run>(packets[i], packets[i + Run], std::make_index_sequence<width>{});
+    }
+    return fold_all<2 * Run>(packets);
+  } else {
+    return packets[0];
+  }
+}
+#endif
+
+/// The sums over the lanes of as many packets as a packet has lanes, one a lane. Overwrites the packets.
+template <class P>
+NEARFAR_INLINE P sum_lanes(P* packets) {
+#if defined(__GNUC__)
+  return fold_all<1>(packets);
+#else
+  constexpr int width = Eigen::internal::unpacket_traits<P>::size;
+  Eigen::internal::PacketBlock<P, width> block;
+  std::copy_n(packets, width, block.packet);
+  if constexpr (width > 1) ptranspose(block);
+  return std::accumulate(block.packet + 1, block.packet + width, block.packet[0], padd<P>);
+#endif
 }
 
 /// to(c, r) = factor * from(r, c) for a rows x cols matrix.

@@ -2,6 +2,7 @@
 
 #include <nearfar/detail/tiles.hpp>
 #include <nearfar/engine/few_queries.hpp>
+#include <nearfar/engine/narrow_window.hpp>
 #include <nearfar/engine/query_tile.hpp>
 
 namespace nearfar {
@@ -81,6 +82,8 @@ void window_attention(Work& work, const Heads& heads, Window window, double scal
                       Tokens<Scalar> out, Scalar* log_sum_exp, Tokens<const Accumulator<Scalar>> factors = {}) {
   const FewQueries<Scalar> few(heads, window, scale, inputs, factors);
   if (few.suits()) return few.attend(work, out, log_sum_exp);
+  const NarrowWindow<Scalar> slit(heads, window, scale, inputs, factors);
+  if (slit.suits()) return slit.attend(work, out, log_sum_exp);
   constexpr Index wide = 2 * lanes<Accumulator<Scalar>>;
   const bool narrow =
       std::min(window.left, Window::unlimited) + std::min(window.right, Window::unlimited) < 16 * wide ||
