@@ -263,23 +263,27 @@ class AnyFeatureMap {
   template <class T, template <class> class Function, class Map>
   static void for_each_entry(const T* x, Index x_stride, Index rows, Index cols, T* y, Index y_stride,
                              Function<Map> function) {
-    for (Index r = 0; r < rows; ++r, x += x_stride, y += y_stride) {
-      if constexpr (requires { Map::on_packets; }) {
-        using P = detail::Packet<T>;
-        constexpr Index width = detail::lanes<T>;
-        Index c = 0;
-        for (; c + width <= cols; c += width) {
-          detail::pstoreu(y + c, function(detail::ploadu<P>(x + c), detail::ploadu<P>(y + c)));
+    if constexpr (requires { Map::on_packets; }) {
+      using P = detail::Packet<T>;
+      constexpr Index width = detail::lanes<T>;
+      const Index full = cols / width * width;
+      for (Index r = 0; r < rows; ++r) {
+        const T* from = x + r * x_stride;
+        T* to = y + r * y_stride;
+        for (Index c = 0; c < full; c += width) {
+          detail::pstoreu(to + c, function(detail::ploadu<P>(from + c), detail::ploadu<P>(to + c)));
         }
-        if (c < cols) {
-          std::array<T, width> last_x{}, last_y{};
-          std::copy(x + c, x + cols, last_x.begin());
-          std::copy(y + c, y + cols, last_y.begin());
-          detail::pstoreu(last_y.data(), function(detail::ploadu<P>(last_x.data()), detail::ploadu<P>(last_y.data())));
-          std::copy_n(last_y.begin(), cols - c, y + c);
-        }
-      } else {
-        for (Index c = 0; c < cols; ++c) y[c] = function(x[c], y[c]);
+      }
+      for (Index r = 0; r < rows && full < cols; ++r) {
+        std::array<T, width> last_x{}, last_y{};
+        std::copy_n(x + r * x_stride + full, cols - full, last_x.begin());
+        std::copy_n(y + r * y_stride + full, cols - full, last_y.begin());
+        detail::pstoreu(last_y.data(), function(detail::ploadu<P>(last_x.data()), detail::ploadu<P>(last_y.data())));
+        std::copy_n(last_y.begin(), cols - full, y + r * y_stride + full);
+      }
+    } else {
+      for (Index r = 0; r < rows; ++r) {
+        for (Index c = 0; c < cols; ++c) y[r * y_stride + c] = function(x[r * x_stride + c], y[r * y_stride + c]);
       }
     }
   }

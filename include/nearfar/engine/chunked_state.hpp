@@ -25,11 +25,13 @@ namespace detail {
 inline constexpr Index chunk_tokens = 64;
 
 /// Spreads the steps of a lookahead over the inner steps of products.
-NEARFAR_INLINE auto pace(Lookahead& ahead) {
-  return [&ahead](Index k) {
-    if (k % 2 == 0) ahead.step();
-  };
-}
+struct Pace {
+  Lookahead& ahead;
+
+  NEARFAR_INLINE void operator()(Index k) const {
+    if (k % 4 == 0) ahead.step();
+  }
+};
 
 /// Rows of one head, side by side, padded with zeros to whole vectors.
 template <class T>
@@ -53,18 +55,18 @@ struct LaneRows {
 };
 
 /// Sums over all tokens so far: `local` within the segment of tokens at hand, and `running`, which began with what came
-/// before it. A segment's own sum is thus the same whether or not its past was known when it was taken, and the result
-/// the same whether segments are taken in turn or all at once.
+/// before it, or null where only the segment's own sum is wanted. That sum is thus the same whether or not its past was
+/// known when it was taken, and the result the same whether segments are taken in turn or all at once.
 template <class T>
 struct RunningSums {
   T* local;
   T* running;
 
-  RunningSums from(Index offset) const { return {local + offset, running + offset}; }
+  RunningSums from(Index offset) const { return {local + offset, running == nullptr ? nullptr : running + offset}; }
 
   NEARFAR_INLINE void add(Index at, const Packet<T>& sum) const {
     pstoreu(local + at, padd(ploadu<Packet<T>>(local + at), sum));
-    pstoreu(running + at, padd(ploadu<Packet<T>>(running + at), sum));
+    if (running != nullptr) pstoreu(running + at, padd(ploadu<Packet<T>>(running + at), sum));
   }
 
   /// Adds sum_j key_j^T value_j (key.dim x value.stride) over `count` tokens.
@@ -73,20 +75,27 @@ struct RunningSums {
       multiply<decltype(vectors)::value>(
           Broadcast<T>{key.data, 1, key.stride}, key.dim, value.data + c, value.stride, count,
           [](Index, int) { return pset1<Packet<T>>(T(0)); },
-          [&](Index a, int v, const Packet<T>& sum) { add(a * value.stride + c + v * lanes<T>, sum); }, pace(ahead));
+          [&](Index a, int v, const Packet<T>& sum) { add(a * value.stride + c + v * lanes<T>, sum); }, Pace{ahead});
     });
   }
 
   /// Adds sum_j weight_j row_j (1 x rows.stride) over `count` tokens; no weights mean 1.
   void add_rows(const PaddedRows<T>& rows, const T* weight, Index count) const {
-    for (Index c = 0; c < rows.stride; c += lanes<T>) {
-      Packet<T> sum = pset1<Packet<T>>(T(0));
-      for (Index j = 0; j < count; ++j) {
-        const Packet<T> entries = ploadu<Packet<T>>(rows.row(j) + c);
-        sum = weight == nullptr ? padd(sum, entries) : pmadd(pset1<Packet<T>>(weight[j]), entries, sum);
-      }
-      add(c, sum);
-    }
+    for_each_panel<T>(rows.stride, [&](auto vectors, Index c) {
+      constexpr int width = decltype(vectors)::value;
+      Packet<T> sum[2][width];
+      NEARFAR_UNROLL for (int v = 0; v < width; ++v) sum[0][v] = sum[1][v] = pset1<Packet<T>>(T(0));
+      const auto add_row = [&](Index j, Packet<T>(&to)[width]) {
+        const Packet<T> factor = pset1<Packet<T>>(weight == nullptr ? T(1) : weight[j]);
+        NEARFAR_UNROLL for (int v = 0; v < width; ++v) {
+          to[v] = pmadd(factor, ploadu<Packet<T>>(rows.row(j) + c + v * lanes<T>), to[v]);
+        }
+      };
+      Index j = 0;
+      for (; j + 2 <= count; j += 2) add_row(j, sum[0]), add_row(j + 1, sum[1]);
+      if (j < count) add_row(j, sum[0]);
+      NEARFAR_UNROLL for (int v = 0; v < width; ++v) add(c + v * lanes<T>, padd(sum[0][v], sum[1][v]));
+    });
   }
 };
 
@@ -106,25 +115,34 @@ void past_row_sums(const LaneRows<T>& query, const T* key_sum, T* row_sum) {
 template <class T>
 void chunk_scores(const LaneRows<T>& query, const PaddedRows<T>& key, Index keys, T* scores, T* row_sum,
                   Lookahead& ahead) {
-  for_each_panel<T>(round_up(query.count, lanes<T>), [&](auto vectors, Index i) {
+  for_each_panel<T>(round_up(query.count, lanes<T>), [&](auto vectors, Index panel) {
     constexpr int width = decltype(vectors)::value;
     Packet<T> sum[width];
     NEARFAR_UNROLL for (int v = 0; v < width; ++v) sum[v] = pset1<Packet<T>>(T(0));
-    multiply<width>(
-        Broadcast<T>{key.data, key.stride, 1}, std::min(keys, i + width * lanes<T>), query.data + i, chunk_tokens,
-        query.dim, [](Index, int) { return pset1<Packet<T>>(T(0)); },
-        [&](Index j, int v, const Packet<T>& product) {
-          const Index first = i + v * lanes<T>;
-          const Packet<T> zero = pset1<Packet<T>>(T(0));
-          const Packet<T> earlier = pcmp_lt(plset<Packet<T>>(T(first)), pset1<Packet<T>>(T(j)));
-          const Packet<T> score = j <= first ? product : pselect(earlier, zero, product);
-          sum[v] = padd(sum[v], score);
-          pstoreu(scores + j * chunk_tokens + first, score);
-        },
-        pace(ahead));
+    // The keys [from, to) meet the queries of the panel from its vector `first` on.
+    const auto score = [&]<int first>(std::integral_constant<int, first>, Index from, Index to) {
+      const Index lane = panel + first * lanes<T>;
+      multiply<width - first>(
+          Broadcast<T>{key.row(from), key.stride, 1}, to - from, query.data + lane, chunk_tokens, query.dim,
+          [](Index, int) { return pset1<Packet<T>>(T(0)); },
+          [&](Index r, int v, const Packet<T>& product) {
+            const Index j = from + r;
+            const Index i = lane + v * lanes<T>;
+            const Packet<T> hidden = pcmp_lt(plset<Packet<T>>(T(i)), pset1<Packet<T>>(T(j)));
+            const Packet<T> score = j <= i ? product : pselect(hidden, pset1<Packet<T>>(T(0)), product);
+            sum[first + v] = padd(sum[first + v], score);
+            pstoreu(scores + j * chunk_tokens + i, score);
+          },
+          Pace{ahead});
+    };
+    const Index first_end = std::min(keys, panel + lanes<T>);
+    score(std::integral_constant<int, 0>{}, 0, first_end);
+    if constexpr (width == 2) {
+      score(std::integral_constant<int, 1>{}, first_end, std::min(keys, panel + 2 * lanes<T>));
+    }
     if (row_sum == nullptr) return;
     for (int v = 0; v < width; ++v) {
-      T* at = row_sum + i + v * lanes<T>;
+      T* at = row_sum + panel + v * lanes<T>;
       pstoreu(at, padd(ploadu<Packet<T>>(at), sum[v]));
     }
   });
@@ -145,7 +163,7 @@ void chunk_attend(const LaneRows<T>& query, const T* state, const T* scores, con
           c[r][v] = add ? ploadu<Packet<T>>(out.row(first + r) + column + v * lanes<T>) : pset1<Packet<T>>(T(0));
         }
       }
-      multiply_add(c, query.from(first), state + column, out.stride, query.dim, pace(ahead));
+      multiply_add(c, query.from(first), state + column, out.stride, query.dim, Pace{ahead});
       // Keys before the tile are seen by all of its queries, those beside it by the queries from their own on.
       multiply_add(c, Broadcast<T>{scores + first, 1, chunk_tokens}, value.data + column, value.stride,
                    std::min(first, keys));

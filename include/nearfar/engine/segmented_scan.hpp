@@ -107,8 +107,8 @@ void scan(Work& work, Index sequences, Index heads, Index size, AlignmentOf&& al
   const auto step = [&](Index b, const Segment& segment, Range block, const T* past, T* local, bool sums_only,
                         Scratch& scratch) {
     const Index numbers = block.count() * size;
-    T* running = scratch.take<T>(numbers);
-    std::copy_n(past, numbers, running);
+    T* running = sums_only ? nullptr : scratch.take<T>(numbers);
+    if (!sums_only) std::copy_n(past, numbers, running);
     std::fill_n(local, numbers, T(0));
     visit(ScanStep<T>{b, segment, block, {local, running}, sums_only}, scratch);
   };

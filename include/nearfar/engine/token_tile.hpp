@@ -80,8 +80,8 @@ class TokenTile : public PaddedRows<T> {
   /// Takes `count` rows; those of invisible keys become zero, whatever stands in them.
   void load(TokenRows<const T> from, Index count, const VisibleKeys& visible = {}) {
     for (Index i = 0; i < count; ++i) {
-      for_each_packet<T>(dim, [&](auto by, Index c) {
-        pstoreu(row(i) + c, ploadu<typename decltype(by)::template Of<T>>(from.row(i) + c));
+      for_each_packet<T>(dim, [target = row(i), source = from.row(i)](auto by, Index c) {
+        pstoreu(target + c, ploadu<typename decltype(by)::template Of<T>>(source + c));
       });
     }
     hide(count, visible);
@@ -127,10 +127,11 @@ class TokenTile : public PaddedRows<T> {
   /// Writes the rows, each times its scale unless that is null, to `to`, or adds them to what is there.
   void store(TokenRows<T> to, Index count, const T* scale, bool add) const {
     for (Index i = 0; i < count; ++i) {
-      for_each_packet<T>(dim, [&](auto by, Index c) {
+      const T factor = scale == nullptr ? T(1) : scale[i];
+      for_each_packet<T>(dim, [source = row(i), target = to.row(i), factor, add](auto by, Index c) {
         using V = typename decltype(by)::template Of<T>;
-        const V scaled = pmul(ploadu<V>(row(i) + c), pset1<V>(scale == nullptr ? T(1) : scale[i]));
-        pstoreu(to.row(i) + c, add ? padd(ploadu<V>(to.row(i) + c), scaled) : scaled);
+        const V scaled = pmul(ploadu<V>(source + c), pset1<V>(factor));
+        pstoreu(target + c, add ? padd(ploadu<V>(target + c), scaled) : scaled);
       });
     }
   }
