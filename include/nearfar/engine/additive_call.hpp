@@ -122,16 +122,11 @@ void write_rows(const AdditiveCall<T>& call, const AdditiveOut<T>& out, const St
   const Tokens<const T> query = call.inputs.query;
   const Index width = call.width();
   if (!out.transform) {
-    for_each_strand_block(
-        stretch, [](Index) { return true; },
-        [&](const Index* token, Index count) {
-          for (Index i = 0; i < count; ++i) {
-            const Index later = token[std::min(i + strands, count - 1)];
-            blend_row(call.heads, global_key(token[i]), value.row(token[i]),
-                      call.add_query ? query.row(token[i]) : nullptr, out.rows.row(token[i]), value.row(later),
-                      call.add_query ? query.row(later) : nullptr);
-          }
-        });
+    for (Index token = stretch.first; token < stretch.end(); ++token) {
+      const Index later = std::min(token + 2, stretch.end() - 1);
+      blend_row(call.heads, global_key(token), value.row(token), call.add_query ? query.row(token) : nullptr,
+                out.rows.row(token), value.row(later), call.add_query ? query.row(later) : nullptr);
+    }
     return;
   }
   T* const u = scratch.take<T>(transform_rows * width);

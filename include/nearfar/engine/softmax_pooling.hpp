@@ -26,7 +26,10 @@ inline constexpr int head_block = vector_registers >= 32 ? 8 : 4;
 inline constexpr int row_block = 3;
 
 /// Rows whose scores enter the softmax together.
-inline constexpr Index pooling_tile = 4 * row_block;
+inline constexpr Index pooling_tile = 3 * row_block;
+
+/// How many rows ahead memory is asked for.
+inline constexpr Index prefetch_rows = 4 * row_block;
 
 /// The heads of a pooling. Heads share the columns of a row in groups, as query heads share a key head.
 struct PoolingShape {
@@ -113,11 +116,51 @@ void exp2_in_place(T* x, Index count) {
   for (Index i = 0; i < count; i += lanes<T>) pstoreu(x + i, exp2<T>(ploadu<Packet<T>>(x + i)));
 }
 
+/// to[i] = the sum over the lanes of vectors[i]. Several sums at once are cheaper than one by one: after a
+/// transposition they are sums of whole vectors.
+template <int Count, class P, class T>
+NEARFAR_INLINE void sum_lanes(const P (&vectors)[Count], T* to) {
+  constexpr int width = Eigen::internal::unpacket_traits<P>::size;
+  if constexpr (Count >= 4 && width == 2 * Count) {
+    typename Eigen::internal::unpacket_traits<P>::half halves[Count];
+    NEARFAR_UNROLL for (int i = 0; i < Count; ++i) halves[i] = Eigen::internal::predux_half_dowto4(vectors[i]);
+    sum_lanes(halves, to);
+  } else if constexpr (width > 1 && Count % width == 0) {
+    NEARFAR_UNROLL for (int first = 0; first < Count; first += width) {
+      Eigen::internal::PacketBlock<P, width> block;
+      NEARFAR_UNROLL for (int i = 0; i < width; ++i) block.packet[i] = vectors[first + i];
+      ptranspose(block);
+      P sum = block.packet[0];
+      NEARFAR_UNROLL for (int i = 1; i < width; ++i) sum = padd(sum, block.packet[i]);
+      pstoreu(to + first, sum);
+    }
+  } else {
+    NEARFAR_UNROLL for (int i = 0; i < Count; ++i) to[i] = predux(vectors[i]);
+  }
+}
+
+/// Lays the weights of each block of heads side by side, vector by vector: a kernel then walks them by one pointer.
+template <class T>
+void interleave(const PoolingShape& shape, const T* weights, T* to) {
+  const Index cols = shape.cols();
+  for (Index first = 0; first < shape.padded(); first += head_block) {
+    for (Index c = 0; c + lanes<T> <= cols; c += lanes<T>) {
+      for (Index h = first; h < first + head_block; ++h, to += lanes<T>) {
+        pstoreu(to, ploadu<Packet<T>>(weights + h * cols + c));
+      }
+    }
+    // The columns that fill no vector.
+    for (Index c = cols / lanes<T> * lanes<T>; c < cols; ++c) {
+      for (Index h = first; h < first + head_block; ++h) *to++ = weights[h * cols + c];
+    }
+  }
+}
+
 /// scores(r, h) = weights(h) . rows[r] over `cols` columns, for `Rows` rows and `Heads` heads at once. Meanwhile asks
-/// for the rows `next`.
+/// for what lies `ahead` numbers behind the rows.
 template <int Rows, int Heads, class T>
-NEARFAR_INLINE void score_block(const T* const (&rows)[Rows], const T* const (&next)[Rows], const T* weights,
-                                Index weights_stride, Index cols, T* scores, Index padded) {
+NEARFAR_INLINE void score_block(const T* const (&rows)[Rows], Index ahead, const T* weights, Index cols, T* scores,
+                                Index padded) {
   Packet<T> sum[Rows][Heads];
   NEARFAR_UNROLL for (int r = 0; r < Rows; ++r) {
     NEARFAR_UNROLL for (int h = 0; h < Heads; ++h) sum[r][h] = pset1<Packet<T>>(T(0));
@@ -127,19 +170,23 @@ NEARFAR_INLINE void score_block(const T* const (&rows)[Rows], const T* const (&n
     Packet<T> x[Rows];
     NEARFAR_UNROLL for (int r = 0; r < Rows; ++r) {
       x[r] = ploadu<Packet<T>>(rows[r] + c);
-      prefetch_far(next[r] + c);
+      prefetch_far(rows[r] + c + ahead);
     }
-    NEARFAR_UNROLL for (int h = 0; h < Heads; ++h) {
-      const Packet<T> w = ploadu<Packet<T>>(weights + h * weights_stride + c);
+    NEARFAR_UNROLL for (int h = 0; h < Heads; ++h, weights += lanes<T>) {
+      Packet<T> w = ploadu<Packet<T>>(weights);
+      // Without it a compiler may read w from memory once for each row: the loads would outweigh the multiply-adds.
+      EIGEN_OPTIMIZATION_BARRIER(w)
       NEARFAR_UNROLL for (int r = 0; r < Rows; ++r) sum[r][h] = pmadd(x[r], w, sum[r][h]);
     }
   }
   NEARFAR_UNROLL for (int r = 0; r < Rows; ++r) {
-    NEARFAR_UNROLL for (int h = 0; h < Heads; ++h) scores[r * padded + h] = predux(sum[r][h]);
+    Packet<T> row[Heads];
+    NEARFAR_UNROLL for (int h = 0; h < Heads; ++h) row[h] = sum[r][h];
+    sum_lanes(row, scores + r * padded);
   }
-  for (; c < cols; ++c) {
+  for (; c < cols; ++c, weights += Heads) {
     for (int r = 0; r < Rows; ++r) {
-      for (int h = 0; h < Heads; ++h) scores[r * padded + h] += rows[r][c] * weights[h * weights_stride + c];
+      for (int h = 0; h < Heads; ++h) scores[r * padded + h] += rows[r][c] * weights[h];
     }
   }
 }
@@ -157,11 +204,11 @@ NEARFAR_INLINE void for_each_head_block(const PoolingShape& shape, Visit&& visit
   }
 }
 
-/// scores(i, h) = w_h . x_i for the rows [first, first + count) of the list.
+/// scores(i, h) = w_h . x_i for the rows [first, first + count) of the list. `weights` are interleaved, unless heads
+/// see their own columns alone.
 template <class T>
 void score_rows(const PoolingShape& shape, const T* weights, const RowList<const T>& list, Index first, Index count,
                 T* scores) {
-  constexpr Index ahead = 2 * row_block;
   const Index padded = shape.padded();
   if (shape.own_columns) std::fill_n(scores, count * padded, T(0));
   for_each_head_block(shape, [&](auto block, Index h, Index column, Index cols) {
@@ -170,12 +217,10 @@ void score_rows(const PoolingShape& shape, const T* weights, const RowList<const
     const auto score = [&](auto several, Index i) {
       constexpr int rows = decltype(several)::value;
       const T* now[rows];
-      const T* next[rows];
-      for (int r = 0; r < rows; ++r) {
-        now[r] = list[first + i + r] + column;
-        next[r] = list[std::min(first + i + r + ahead, list.count - 1)] + column;
-      }
-      score_block<rows, heads>(now, next, w, shape.cols(), cols, scores + i * padded + h, padded);
+      for (int r = 0; r < rows; ++r) now[r] = list[first + i + r] + column;
+      const Index later = list.number[std::min(first + i + prefetch_rows, list.count - 1)];
+      const Index ahead = (later - list.number[first + i]) * list.rows.stride();
+      score_block<rows, heads>(now, ahead, w, cols, scores + i * padded + h, padded);
     };
     Index i = 0;
     for (; i + row_block <= count; i += row_block) score(std::integral_constant<int, row_block>{}, i);
@@ -205,46 +250,41 @@ void pool(const PoolingShape& shape, const T* weights, const RowList<const T>& l
           Scratch& scratch) {
   const Scratch::Scope scope(scratch);
   const Index padded = shape.padded();
-  T* const share = scratch.take<T>(shape.scores<T>(pooling_tile));
-  T* const keep = scratch.take<T>(padded);
+  using P = typename Eigen::internal::find_best_packet<T, head_block>::type;
+  constexpr int width = Eigen::internal::unpacket_traits<P>::size;
+  T* const share = scratch.take<T>(shape.scores<T>(pooling_tile + 1));
+  T* const interleaved = scratch.take<T>(shape.own_columns ? 0 : padded * shape.cols());
+  if (!shape.own_columns) interleave(shape, weights, interleaved);
   for (Index first = 0; first < list.count; first += pooling_tile) {
     const Index count = std::min(pooling_tile, list.count - first);
     T* const score = scores + first * padded;
-    score_rows(shape, weights, list, first, count, score);
+    T* const keep = share + count * padded;
+    score_rows(shape, shape.own_columns ? weights : interleaved, list, first, count, score);
 
     // The old mean keeps sum' / sum of its weight, and row i gets 2^(score_i - max) / sum.
-    for (Index h = 0; h < padded; h += head_block) {
-      T larger[head_block];
-      T shift[head_block];
-      for (int j = 0; j < head_block; ++j) larger[j] = state.max[h + j];
+    for (Index h = 0; h < padded; h += width) {
+      const P old = ploadu<P>(state.max + h);
+      P larger = old;
+      for (Index i = 0; i < count; ++i) larger = pmax(larger, ploadu<P>(score + i * padded + h));
+      pstoreu(state.max + h, larger);
+      const P none = pset1<P>(-infinity<T>);
+      const P shift = pselect(pcmp_eq(larger, none), pset1<P>(T(0)), larger);
       for (Index i = 0; i < count; ++i) {
-        const T* const row = score + i * padded + h;
-        for (int j = 0; j < head_block; ++j) larger[j] = larger[j] < row[j] ? row[j] : larger[j];
+        pstoreu(share + i * padded + h, psub(ploadu<P>(score + i * padded + h), shift));
       }
-      for (int j = 0; j < head_block; ++j) {
-        keep[h + j] = state.sum[h + j] * exp2_of_difference(state.max[h + j], larger[j]);
-        state.max[h + j] = larger[j];
-        shift[j] = larger[j] == -infinity<T> ? T(0) : larger[j];
-      }
-      for (Index i = 0; i < count * padded; i += padded) {
-        for (int j = 0; j < head_block; ++j) share[i + h + j] = score[i + h + j] - shift[j];
-      }
+      pstoreu(keep + h, psub(old, shift));
     }
-    exp2_in_place(share, count * padded);
-    for (Index h = 0; h < padded; h += head_block) {
-      T total[head_block] = {};
-      T inverse[head_block];
-      for (Index i = 0; i < count * padded; i += padded) {
-        for (int j = 0; j < head_block; ++j) total[j] += share[i + h + j];
-      }
-      for (int j = 0; j < head_block; ++j) {
-        const T sum = keep[h + j] + total[j];
-        inverse[j] = sum == T(0) ? T(0) : T(1) / sum;
-        keep[h + j] *= inverse[j];
-        state.sum[h + j] = sum;
-      }
-      for (Index i = 0; i < count * padded; i += padded) {
-        for (int j = 0; j < head_block; ++j) share[i + h + j] *= inverse[j];
+    exp2_in_place(share, (count + 1) * padded);
+    for (Index h = 0; h < padded; h += width) {
+      const P old = pmul(ploadu<P>(state.sum + h), ploadu<P>(keep + h));
+      P sum = old;
+      for (Index i = 0; i < count; ++i) sum = padd(sum, ploadu<P>(share + i * padded + h));
+      pstoreu(state.sum + h, sum);
+      const P zero = pset1<P>(T(0));
+      const P inverse = pselect(pcmp_eq(sum, zero), zero, Eigen::internal::pdiv(pset1<P>(T(1)), sum));
+      for (Index i = 0; i <= count; ++i) {
+        const P weight = i < count ? ploadu<P>(share + i * padded + h) : old;
+        pstoreu(share + i * padded + h, pmul(weight, inverse));
       }
     }
     const T* rows[pooling_tile];
@@ -252,8 +292,8 @@ void pool(const PoolingShape& shape, const T* weights, const RowList<const T>& l
     for (Index h = 0; h < shape.heads; ++h) {
       constexpr int vectors = 4;
       const auto columns = [&](auto by, auto several, Index c) {
-        using P = typename decltype(by)::template Of<T>;
-        blend<P, several>(rows, count, share + h, padded, keep[h], shape.column(h) + c, state.mean + h * shape.dim + c);
+        using V = typename decltype(by)::template Of<T>;
+        blend<V, several>(rows, count, share + h, padded, keep[h], shape.column(h) + c, state.mean + h * shape.dim + c);
       };
       Index c = 0;
       for (; c + vectors * lanes<T> <= shape.dim; c += vectors * lanes<T>) {
