@@ -229,25 +229,43 @@ class Multipole {
       pooled.emplace(work, tree, heads_, scale(), inputs.query, query_mask(inputs));
       pooled->attend(walk);
     }
-    // Whole blocks a tile where they fit, so that few panels straddle two.
-    const bool fits = options_.block < queries_a_tile;
-    const Index tile_rows = fits ? queries_a_tile / options_.block * options_.block : queries_a_tile;
-    const detail::Tiles tiles(work, inputs, tile_rows);
+    const detail::PooledQueries<T>* coarse = pooled ? &*pooled : nullptr;
+    // A causal near field has an edge in every block, of which narrow panels hide less.
+    if (options_.causal) {
+      attend_tiles<1>(work, tree, walk, coarse, inputs, out, log_sum_exp, stride);
+    } else {
+      attend_tiles<2>(work, tree, walk, coarse, inputs, out, log_sum_exp, stride);
+    }
+  }
+
+  template <int Vectors>
+  void attend_tiles(detail::Work& work, const detail::Hierarchy& tree, const detail::MultipoleWalk<T>& walk,
+                    const detail::PooledQueries<T>* pooled, const Inputs<T>& inputs, Tokens<T> out, T* log_sum_exp,
+                    Index stride) const {
+    const Index dim = heads_.dim;
+    const detail::Tiles tiles(work, inputs, tree.rows_of_blocks(queries_a_tile));
     work.for_each(tiles.count() * heads_.query, [&](Index task, detail::Scratch& scratch) {
       const detail::Tile tile = tiles[task / heads_.query];
       const Index head = task % heads_.query;
       const Index key_head = head / heads_.group();
-      // One vector a panel: near fields are narrow, and wider panels would spend more on what their edges hide.
-      detail::QueryTile<T, 1> queries(scratch, tile.count, heads_.dim, heads_.dim);
-      detail::KeyTile<T> keys(scratch, heads_.dim, heads_.dim);
+      const Tokens<const T> query = inputs.query.middle_rows(tile.first, tile.count).middle_cols(head * dim, dim);
+      const Tokens<T> result = out.middle_rows(tile.first, tile.count).middle_cols(head * dim, dim);
+      detail::QueryTile<T, Vectors> queries(scratch, tile.count, dim, dim);
+      detail::KeyTile<T> keys(scratch, dim, dim);
       const auto visit = [&](const auto& band) { queries.visit(keys, band); };
-      queries.load(inputs.query.row(tile.first) + head * heads_.dim, inputs.query.stride(), tile.first, tile.count,
-                   scale() * detail::log2_e<T>);
-      if (pooled) pooled->hand_down(head, queries);
-      walk.near_field(tile, key_head, keys, queries.lookahead(), visit);
-      walk.look_ahead(tile, head, heads_, queries.lookahead());
-      if (!pooled) walk.far_field(tile, key_head, keys, visit);
-      queries.finish(out.row(tile.first) + head * heads_.dim, out.stride(),
+
+      detail::Lookahead after;
+      after.add(result.data(), result.stride(), tile.count, dim);
+      if (head + 1 < heads_.query) {
+        // The next task is likely this tile's next head.
+        after.add(query.data() + dim, query.stride(), tile.count, dim);
+        walk.announce(tile, (head + 1) / heads_.group(), after);
+      }
+      queries.load(query.data(), query.stride(), tile.first, tile.count, scale() * detail::log2_e<T>);
+      if (pooled != nullptr) pooled->hand_down(head, queries);
+      walk.near_field(tile, key_head, keys, queries.lookahead(), after, visit);
+      if (pooled == nullptr) walk.far_field(tile, key_head, keys, visit);
+      queries.finish(result.data(), result.stride(),
                      log_sum_exp == nullptr ? nullptr : log_sum_exp + head * stride + tile.first);
     });
   }

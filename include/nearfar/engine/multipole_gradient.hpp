@@ -43,6 +43,7 @@ class MultipoleGradient {
     gradients_.query.matrix().setZero();
     gradients_.key.matrix().setZero();
     gradients_.value.matrix().setZero();
+    const Index tile_rows = tree_.rows_of_blocks(GradientTile<T>::capacity);
     work_.for_each(segments_ * heads_.key_value, [&](Index task, Scratch& scratch) {
       const Index key_head = task % heads_.key_value;
       const Index s = task / heads_.key_value;
@@ -62,11 +63,16 @@ class MultipoleGradient {
       for (Index head = key_head * heads_.group(); head < (key_head + 1) * heads_.group(); ++head) {
         const Tokens<const T> query = inputs.query.middle_cols(head * dim, dim);
         const Tokens<const T> grad = grad_out.middle_cols(head * dim, dim);
-        for (Index first = own.first; first < own.end; first += tile_rows()) {
-          const Tile tile{0, first, std::min(tile_rows(), own.end - first)};
+        for (Index first = own.first; first < own.end; first += tile_rows) {
+          const Tile tile{0, first, std::min(tile_rows, own.end - first)};
+          const Index next = std::min(tile_rows, own.end - first - tile.count);
+          Lookahead after;
+          after.add(gradients_.query.row(first) + head * dim, gradients_.query.stride(), tile.count, dim);
+          after.add(query.row(first) + tile.count * query.stride(), query.stride(), next, dim);
+          after.add(grad.row(first) + tile.count * grad.stride(), grad.stride(), next, dim);
           queries.load(query.middle_rows(first, tile.count), grad.middle_rows(first, tile.count), first,
                        log_sum_exp + head * stride + first, delta + head * stride + first, scale);
-          walk.near_field(tile, key_head, keys, queries.lookahead(),
+          walk.near_field(tile, key_head, keys, queries.lookahead(), after,
                           [&](const auto& band) { queries.visit(keys, band, add_near); });
           if (far) {
             walk.far_field(tile, key_head, keys, [&](const auto& band) { queries.visit(keys, band, add_far); });
@@ -86,12 +92,6 @@ class MultipoleGradient {
   Range segment(Index s) const {
     const Index width = segment_blocks_ * tree_.block();
     return {s * width, s + 1 == segments_ ? tree_.tokens() : (s + 1) * width};
-  }
-
-  /// Whole blocks where they fit, so that few panels straddle two.
-  Index tile_rows() const {
-    constexpr Index capacity = GradientTile<T>::capacity;
-    return tree_.block() < capacity ? capacity / tree_.block() * tree_.block() : capacity;
   }
 
   Index strip_size() const { return 4 * block_ * heads_.key_cols(); }

@@ -32,8 +32,10 @@ class MultipoleWalk {
   MultipoleWalk(const Hierarchy& tree, const Inputs<T>& inputs, const FarField<T>& far, Index dim, bool causal)
       : tree_(tree), inputs_(inputs), far_(far), dim_(dim), causal_(causal) {}
 
+  /// `lookahead` is that of the tile of queries; during the last visit and later ones it fetches what `after` says.
   template <class Visit>
-  void near_field(const Tile& tile, Index key_head, KeyTile<T>& keys, Lookahead& lookahead, Visit&& visit) const {
+  void near_field(const Tile& tile, Index key_head, KeyTile<T>& keys, Lookahead& lookahead, const Lookahead& after,
+                  Visit&& visit) const {
     const NearField near(tree_, causal_);
     const Tokens<const T> key = inputs_.key.middle_cols(key_head * dim_, dim_);
     const Tokens<const T> value = inputs_.value.middle_cols(key_head * dim_, dim_);
@@ -44,7 +46,7 @@ class MultipoleWalk {
       }
       if (keys.full() || j + 1 == seen.end) {
         const Index next = std::min(seen.end - (j + 1), KeyTile<T>::capacity);
-        lookahead.clear();
+        lookahead = next > 0 ? Lookahead{} : after;
         lookahead.add(key.row(j) + key.stride(), key.stride(), next, dim_);
         lookahead.add(value.row(j) + value.stride(), value.stride(), next, dim_);
         if (keys.count() > 0) visit(near);
@@ -53,16 +55,12 @@ class MultipoleWalk {
     }
   }
 
-  /// The next task is likely this tile's next head: its first reads are fetched while the far field is visited.
-  void look_ahead(const Tile& tile, Index head, const Heads& heads, Lookahead& lookahead) const {
-    lookahead.clear();
-    if (head + 1 == heads.query) return;
+  /// The first keys that a tile of queries will read.
+  void announce(const Tile& tile, Index key_head, Lookahead& lookahead) const {
     const Range seen = NearField(tree_, causal_).seen_by_any(tile.first, tile.count);
     const Index rows = std::min(seen.count(), KeyTile<T>::capacity);
-    const Index key_col = (head + 1) / heads.group() * dim_;
-    lookahead.add(inputs_.query.row(tile.first) + (head + 1) * dim_, inputs_.query.stride(), tile.count, dim_);
-    lookahead.add(inputs_.key.row(seen.first) + key_col, inputs_.key.stride(), rows, dim_);
-    lookahead.add(inputs_.value.row(seen.first) + key_col, inputs_.value.stride(), rows, dim_);
+    lookahead.add(inputs_.key.row(seen.first) + key_head * dim_, inputs_.key.stride(), rows, dim_);
+    lookahead.add(inputs_.value.row(seen.first) + key_head * dim_, inputs_.value.stride(), rows, dim_);
   }
 
   /// The interaction lists of all levels. Several levels, from `top` down to `bottom`, share a visit.
@@ -78,18 +76,21 @@ class MultipoleWalk {
     }
   }
 
-  /// What pooled queries [first, first + count) of level l see at their own level: first on the left, then on the
-  /// right.
+  /// What pooled queries [first, first + count) of level l see at their own level: of the same rows each visit takes
+  /// what lies to the left of a query, then what lies to its right.
   template <class Visit>
   void far_level(Index l, Index first, Index count, Index key_head, KeyTile<T>& keys, Visit&& visit) const {
     const Index origin = tree_.level(l).first_row;
-    for (const bool right : {false, true}) {
-      const InteractionSide side(tree_, l, right);
-      const Range seen = side.seen_by_any(first, count);
-      append(key_head, {origin + seen.first, origin + seen.end}, origin, keys, [&] { visit(side); });
-      if (keys.count() > 0) visit(side);
-      keys.clear();
-    }
+    const InteractionSide left(tree_, l, false);
+    const InteractionSide right(tree_, l, true);
+    const auto both = [&] {
+      visit(left);
+      visit(right);
+    };
+    append(key_head, {origin + left.seen_by_any(first, count).first, origin + right.seen_by_any(first, count).end},
+           origin, keys, both);
+    if (keys.count() > 0) both();
+    keys.clear();
   }
 
  private:

@@ -82,17 +82,24 @@ class QueryTile {
     for (Index p = 0; p < panels(); ++p) {
       const Panel softmax = panel(p);
       const Index first = first_ + p * width;
-      for (Index i = first; i < first + in_panel(p);) {
-        const Index parent = i / children;
-        const Index lane = i - first;
-        const Index count = std::min((parent + 1) * children, first + in_panel(p)) - i;
+      const Index last = first + in_panel(p) - 1;
+      for (Index lane = 0; lane < width; ++lane) {
+        const Index parent = std::min(first + lane, last) / children;
         const bool empty = log_sum_exp[parent] == -infinity<T>;
-        std::fill_n(softmax.max + lane, count, empty ? -infinity<T> : log2_e<T> * log_sum_exp[parent]);
-        std::fill_n(softmax.sum + lane, count, empty ? T(0) : T(1));
-        for (Index c = 0; c < value_dim_; ++c) {
-          std::fill_n(softmax.value + c * width + lane, count, out[parent * stride + c]);
+        softmax.max[lane] = empty ? -infinity<T> : log2_e<T> * log_sum_exp[parent];
+        softmax.sum[lane] = empty ? T(0) : T(1);
+      }
+      for (Index lane = 0; lane < width; lane += lanes<T>) {
+        const T* row = out + std::min(first + lane, last) / children * stride;
+        T* value = softmax.value + lane;
+        if (row == out + std::min(first + lane + lanes<T> - 1, last) / children * stride) {
+          for (Index c = 0; c < value_dim_; ++c) pstoreu(value + c * width, pset1<Packet<T>>(row[c]));
+          continue;
         }
-        i += count;
+        for (Index i = 0; i < lanes<T>; ++i) {
+          row = out + std::min(first + lane + i, last) / children * stride;
+          for (Index c = 0; c < value_dim_; ++c) value[c * width + i] = row[c];
+        }
       }
     }
   }
