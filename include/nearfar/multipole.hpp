@@ -65,25 +65,30 @@ struct MultipoleParameters {
 
 /// Fast multipole attention: near keys one by one, far keys pooled in groups that double with distance, one softmax.
 ///
-///   out_i = ( sum_{j near} e^{s q_i.k_j} v_j + sum_l sum_{c in I_l(i)} M_c e^{s q_i.K_c} V_c ) / (the same without v,
-///   V)
+///   out_i = ( sum_{j near i} w_ij v_j + sum_{l, c in I_l(i)} W_ic V_c ) / ( sum_{j near i} w_ij + sum_{l, c} W_ic )
 ///
-/// Near are the keys of query i's own block of `block` tokens and of the two beside it. At level l = 1 .. L, groups are
-/// block * 2^(l-1) tokens wide, and I_l(i), the interaction list, holds the `rank` pooled keys K_c and values V_c of
-/// each group that is no neighbour of i's group but whose parent is one of its parent's (or that parent). Every token
-/// is in exactly one of these. M_c is the mass, the number of tokens that c stands for (1 without mass_scaling). With
-/// pooled queries, q_i at level l is the mean of the queries of i's sub-block of block * 2^(l-1) / rank tokens.
+///   w_ij = exp(scale * q_i . k_j)        W_ic = M_c exp(scale * q_i . K_c)        for each head
 ///
-/// Shapes: query and out n x (heads.query * dim), key and value n x (heads.key_value * dim). Causal: keys j <= i, and
-/// groups before i's alone. Time: n (3 block + 3 rank L) dim a head with L = log2(n / block) - 1, so n log n; with
-/// pooled queries n (3 block + O(rank^2 / block)) dim, linear. Memory beside inputs and out: O(n rank / block) pooled
-/// rows; a second call of the same shapes allocates nothing. Masked keys enter no near list, mean, mass or convolution,
-/// and groups or sub-blocks without a token are skipped. A query that sees no key gets a zero row and log-sum-exp
-/// -infinity.
+/// Near field: the keys of query i's own block of `block` tokens and of the two beside it.
+/// Levels l = 1 .. L: groups of block * 2^(l-1) tokens, L = ceil(log2(n / block)) - 1.
+/// Interaction list I_l(i): the `rank` pooled keys K_c and values V_c of each group that is no neighbour of i's group,
+/// but whose parent is i's group's parent or a neighbour of it. Every token is near or in one list, once.
+/// Mass M_c: how many tokens c stands for, or 1 without mass_scaling.
+/// Pooled queries: at level l, q_i is the mean of the queries of i's sub-block of block * 2^(l-1) / rank tokens.
 ///
-/// Source: Kang, Tran and De Sterck, Fast Multipole Attention, arXiv 2310.11960: levels and interaction lists of
-/// section 3, pooling by equation 5; the average, the hierarchical convolution and the mean of pooled queries are the
-/// multipole method's own upward and downward passes (Greengard and Rokhlin 1987).
+/// Shapes: query and out n x (heads.query * dim), key and value n x (heads.key_value * dim); n of any length, a last
+/// block or group may be ragged. Causal: near keys j <= i, and only groups before i's.
+/// Time: 4 n (3 block + 3 rank L) dim flops a head, so n log n; with pooled queries 4 n (3 block + O(rank^2 / block))
+/// dim, linear in n. Learned pooling adds 4 n rank dim flops a key/value head, once a level for the grouped form. The
+/// backward pass takes 2.5 times as much.
+/// Memory beside inputs and out: O(n rank / block) pooled rows of each head; backward O(n) rows. A second call of the
+/// same shapes allocates nothing.
+/// Masked keys enter no near field, mean, mass or convolution, and sub-blocks (groups, where pooling is learned)
+/// without a token are skipped. A query that sees no key gets a zero row and log-sum-exp -infinity.
+///
+/// Source: Kang, Tran and De Sterck, Fast Multipole Attention, arXiv 2310.11960, and its authors' code, whose
+/// scale_attn is the mass; upward pass, interaction list and downward pass are those of Greengard and Rokhlin, A Fast
+/// Algorithm for Particle Simulations, 1987. The hierarchical convolution is nearfar's own.
 template <class T>
 class Multipole {
  public:
@@ -91,12 +96,12 @@ class Multipole {
   using Options = MultipoleOptions;
   using Parameters = MultipoleParameters<T>;
 
-  /// log_sum_exp: heads.query x n, over all columns that a query sees, masses included.
+  /// log_sum_exp: heads.query x n, over near and pooled keys, masses included. Backward pools keys and values again.
   struct Saved {
     Matrix<T> log_sum_exp;
   };
 
-  /// Parameters of learned pooling start as the average.
+  /// Throws std::invalid_argument on options that contradict each other. Learned pooling starts as the average.
   explicit Multipole(const Heads& heads, const Options& options = {}) : heads_(heads), options_(options) {
     detail::check_heads(name, heads);
     detail::check_equal_widths(name, heads);

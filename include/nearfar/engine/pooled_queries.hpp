@@ -28,7 +28,7 @@ namespace detail {
 template <class T>
 class PooledQueries {
  public:
-  /// `count` says how many tokens' queries each row is the mean of; the queries of all levels are pooled here.
+  /// Pools the queries of all levels; those of tokens that `mask` hides, unless it is null, enter no mean.
   PooledQueries(Work& work, const Hierarchy& tree, const Heads& heads, T scale, Tokens<const T> query,
                 const std::uint8_t* mask)
       : work_(work),
