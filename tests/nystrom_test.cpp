@@ -143,7 +143,7 @@ TEST(Nystrom, AttendsEachSequenceOfABatchAlone) {
   const Matrix<double> out = run_forward(attention, packed);
   for (std::size_t b = 0; b < sequences.size(); ++b) {
     const Index first = packed.query_offsets[b];
-    EXPECT_TRUE(same_bits(out.middleRows(first, sequences[b].query.rows()), run_forward(attention, sequences[b])));
+    EXPECT_TRUE(close(out.middleRows(first, sequences[b].query.rows()), run_forward(attention, sequences[b]), 1e-10));
   }
 }
 
@@ -213,6 +213,80 @@ TEST(Nystrom, InFloatIsCloseToDouble) {
   const auto sample = random_sample<float>(heads, 600, 15);
   const Nystrom<float> attention(heads, {.landmarks = 4});
   EXPECT_TRUE(close(run_forward(attention, sample), run_forward(nystrom(heads, 4), cast<double>(sample)), 1e-5));
+}
+
+/// The derivative of sum(out * grad_out) along a direction in queries, keys and values at once, by differences.
+double derivative(const Nystrom<double>& attention, const Sample<double>& at, const Sample<double>& direction,
+                  const Matrix<double>& grad_out) {
+  const auto loss = [&](double step) {
+    Sample<double> moved = at;
+    moved.query += step * direction.query;
+    moved.key += step * direction.key;
+    moved.value += step * direction.value;
+    return run_forward(attention, moved).cwiseProduct(grad_out).sum();
+  };
+  const auto difference = [&](double step) { return (loss(step) - loss(-step)) / (2 * step); };
+  return (4 * difference(5e-5) - difference(1e-4)) / 3;
+}
+
+void expect_derivative(const Nystrom<double>& attention, const Sample<double>& at, const Sample<double>& direction) {
+  const auto grad_out = Random(17).matrix<double>(at.query.rows(), attention.heads().out_cols());
+  const auto gradients = run_backward(attention, at, grad_out);
+  const double actual = gradients.query.cwiseProduct(direction.query).sum() +
+                        gradients.key.cwiseProduct(direction.key).sum() +
+                        gradients.value.cwiseProduct(direction.value).sum();
+  const double expected = derivative(attention, at, direction, grad_out);
+  EXPECT_NEAR(actual, expected, 1e-7 * std::max(1.0, std::abs(expected)));
+}
+
+TEST(Nystrom, HasTheGradientOfKeysThatComeInManyPieces) {
+  const Heads heads{4, 2, 4};
+  auto sample = random_sample<double>(heads, 4500, 18);
+  sample.key_mask = Random(19).mask(4500, 0.2);
+  std::fill(sample.key_mask.begin() + 2048, sample.key_mask.begin() + 4096, std::uint8_t{0});
+  for (std::uint64_t seed : {20, 21}) {
+    expect_derivative(nystrom(heads, 3), sample, random_sample<double>(heads, 4500, seed));
+  }
+}
+
+TEST(Nystrom, HasTheGradientAlongSequencesWhoseLandmarksStayEqual) {
+  // Segments come in equal pairs and stay so: the kernel has half its size as rank, at every step.
+  const Heads heads{2, 1, 6};
+  const auto twins = [&](std::uint64_t seed) {
+    auto sample = random_sample<double>(heads, 24, seed);
+    for (const Index first : {0, 8, 16}) {
+      sample.query.middleRows(first + 4, 4) = sample.query.middleRows(first, 4).eval();
+      sample.key.middleRows(first + 4, 4) = sample.key.middleRows(first, 4).eval();
+    }
+    return sample;
+  };
+  for (std::uint64_t seed : {23, 24, 25}) expect_derivative(nystrom(heads, 6), twins(22), twins(seed));
+}
+
+TEST(Nystrom, HasGradientsThatDoNotDependOnThreads) {
+  const Heads heads{2, 1, 8};
+  const auto sample = random_sample<float>(heads, 4500, 26);
+  const auto grad_out = Random(27).matrix<float>(4500, heads.out_cols());
+  const Nystrom<float> attention(heads, {.landmarks = 16});
+  const auto expected = run_backward(attention, sample, grad_out, 1);
+  for (const int threads : {2, 8}) {
+    const auto actual = run_backward(attention, sample, grad_out, threads);
+    EXPECT_TRUE(same_bits(actual.query, expected.query));
+    EXPECT_TRUE(same_bits(actual.key, expected.key));
+    EXPECT_TRUE(same_bits(actual.value, expected.value));
+  }
+}
+
+TEST(Nystrom, RefusesWhatAnotherForwardSaved) {
+  const Heads heads{1, 1, 4};
+  const auto sample = random_sample<float>(heads, 9, 28), other = random_sample<float>(heads, 5, 29);
+  const Nystrom<float> attention(heads, {.landmarks = 8});
+  Matrix<float> out(5, 4), grad(9, 4);
+  Nystrom<float>::Saved saved;
+  NoParameters none;
+  attention.forward(other.inputs(), out, saved);
+  EXPECT_THROW(attention.backward(sample.inputs(), sample.value, saved, sample.value, {grad, grad, grad}, none),
+               std::invalid_argument);
 }
 
 std::string message(const Heads& heads, const NystromOptions& options) {
