@@ -129,9 +129,9 @@ void chunk_scores(const LaneRows<T>& query, const PaddedRows<T>& key, Index keys
             const Index j = from + r;
             const Index i = lane + v * lanes<T>;
             const Packet<T> hidden = pcmp_lt(plset<Packet<T>>(T(i)), pset1<Packet<T>>(T(j)));
-            const Packet<T> score = j <= i ? product : pselect(hidden, pset1<Packet<T>>(T(0)), product);
-            sum[first + v] = padd(sum[first + v], score);
-            pstoreu(scores + j * chunk_tokens + i, score);
+            const Packet<T> shown = j <= i ? product : pselect(hidden, pset1<Packet<T>>(T(0)), product);
+            sum[first + v] = padd(sum[first + v], shown);
+            pstoreu(scores + j * chunk_tokens + i, shown);
           },
           Pace{ahead});
     };
