@@ -43,10 +43,10 @@ T* pool_sequences(const AdditiveCall<T>& call, const PoolingShape& shape, Tokens
   call.work.for_each(stretches.count(), [&](Index s, Scratch& scratch) {
     const SoftmaxPool<T> part = pool_of(parts, shape, s);
     part.start(shape);
-    const T* const weights = weights_of(stretches[s].sequence, scratch);
-    T* const score = scratch.take<T>(shape.scores<T>(strand_block));
-    for_each_strand_block(
-        stretches[s], [&](Index token) { return call.sees(token); },
+    const T* const weights = interleave(shape, weights_of(stretches[s].sequence, scratch), scratch);
+    T* const score = scratch.take<T>(shape.scores<T>(block_tokens));
+    for_each_block(
+        stretches[s], strands, [&](Index token) { return call.sees(token); },
         [&](const Index* token, Index count) {
           pool<T>(shape, weights, {rows, token, count}, score, part, scratch);
           if (scores == nullptr) return;
@@ -118,16 +118,16 @@ void pool_sequences_backward(const AdditiveCall<T>& call, const PoolingShape& sh
     const Stretch& stretch = call.stretches[s];
     const T* const mean = means.row(stretch.sequence).data();
     const T* const grad_mean = grad_means + stretch.sequence * shape.width();
-    const T* const weights = weights_of(stretch.sequence, scratch);
-    T* const grad_weights = parts + s * padded * shape.cols();
+    const T* const weights = interleave(shape, weights_of(stretch.sequence, scratch), scratch);
+    T* const grad_weights = scratch.take<T>(padded * shape.cols());
     std::fill_n(grad_weights, padded * shape.cols(), T(0));
     T* const center = scratch.take<T>(padded);
     for (Index h = 0; h < shape.heads; ++h) {
       center[h] = dot(mean + h * shape.dim, grad_mean + h * shape.dim, shape.dim);
     }
-    T* const weight = scratch.take<T>(strand_block * padded);
-    for_each_strand_block(
-        stretch, [&](Index token) { return call.sees(token); },
+    T* const weight = scratch.take<T>(block_tokens * padded);
+    for_each_block(
+        stretch, 1, [&](Index token) { return call.sees(token); },
         [&](const Index* token, Index count) {
           for (Index i = 0; i < count; ++i) {
             std::copy_n(token_weights.row(token[i]).data(), padded, weight + i * padded);
@@ -135,6 +135,7 @@ void pool_sequences_backward(const AdditiveCall<T>& call, const PoolingShape& sh
           pool_backward<T>(shape, weights, {rows, token, count}, weight, center, grad_mean, start, grad_rows,
                            grad_weights);
         });
+    undo_interleave(shape, grad_weights, parts + s * padded * shape.cols());
     for (Index i = stretch.first; i < stretch.end(); ++i) {
       if (call.sees(i)) continue;
       if (start.data() == nullptr) {
@@ -204,20 +205,15 @@ void additive_global_backward(const AdditiveCall<T>& call, const AdditiveGradien
     const T* const global_key = global_keys + stretches[s].sequence * width;
     T* const grad_global_key = parts + s * width;
     std::fill_n(grad_global_key, width, T(0));
-    for_each_strand_block(
-        stretches[s], [](Index) { return true; },
-        [&](const Index* tokens, Index count) {
-          for (Index i = 0; i < count; ++i) {
-            const Index token = tokens[i];
-            T* const grad_value = grad.inputs.value.row(token);
-            if (reads_value(call, grad, token)) {
-              blend_row_backward(call.heads, global_key, call.inputs.value.row(token), grad.u.row(token), grad_value,
-                                 grad_global_key, grad_global_key);
-            } else {
-              std::fill_n(grad_value, call.heads.value_cols(), T(0));
-            }
-          }
-        });
+    for (Index token = stretches[s].first; token < stretches[s].end(); ++token) {
+      T* const grad_value = grad.inputs.value.row(token);
+      if (reads_value(call, grad, token)) {
+        blend_row_backward(call.heads, global_key, call.inputs.value.row(token), grad.u.row(token), grad_value,
+                           grad_global_key, grad_global_key);
+      } else {
+        std::fill_n(grad_value, call.heads.value_cols(), T(0));
+      }
+    }
   });
   if (grad.w_t.data() != nullptr) {
     transform_weights_backward(call, grad, [&](Index token, const Stretch& stretch, Index first, Index count, T* u) {

@@ -78,8 +78,8 @@ void additive_prefix(const AdditiveCall<T>& call, const AdditiveOut<T>& out, T* 
     const Visible visible(call, stretches[s]);
     const SoftmaxPool<T> own = pool_at(queries, s);
     own.start(shape);
-    pool<T>(shape, call.w_q, {call.inputs.query, visible.token, visible.count}, query_scores + s * scores, own,
-            scratch);
+    pool<T>(shape, interleave(shape, call.w_q, scratch), {call.inputs.query, visible.token, visible.count},
+            query_scores + s * scores, own, scratch);
   });
   start_stretches(call, queries, state);
 
@@ -106,7 +106,8 @@ void additive_prefix(const AdditiveCall<T>& call, const AdditiveOut<T>& out, T* 
     multiply_keys(call, visible, p);
     const SoftmaxPool<T> own = pool_at(keys, s);
     own.start(shape);
-    pool<T>(shape, call.w_k, {p, visible.row, visible.count}, key_scores + s * scores, own, scratch);
+    pool<T>(shape, interleave(shape, call.w_k, scratch), {p, visible.row, visible.count}, key_scores + s * scores, own,
+            scratch);
   });
   start_stretches(call, keys, state == nullptr ? nullptr : state + size);
 
@@ -191,6 +192,9 @@ void prefix_keys_backward(const AdditiveCall<T>& call, const AdditiveGradients<T
   const Tokens<T> grad_p(scratch.take<T>(tile * width), tile, width, width);
   T* const grad_scores = scratch.take<T>(tile * padded);
   std::fill_n(grad_scores, tile * padded, T(0));
+  const T* const weights = interleave(shape, call.w_k, scratch);
+  T* const interleaved = scratch.take<T>(padded * width);
+  std::fill_n(interleaved, padded * width, T(0));
 
   for (Index end = stretch.count, first; end > 0; end = first) {
     first = (end - 1) / tile * tile;
@@ -217,8 +221,8 @@ void prefix_keys_backward(const AdditiveCall<T>& call, const AdditiveGradients<T
       ++listed;
     }
     if (!write) continue;
-    score_rows_backward<T>(shape, call.w_k, {mean.p, rows, listed}, grad_scores, {grad_p, grad_rows, listed},
-                           grad_weights);
+    score_rows_backward<T>(shape, weights, {mean.p, rows, listed}, grad_scores, {grad_p, grad_rows, listed},
+                           interleaved);
     for (Index i = end, at = 0; i-- > first;) {
       const Index token = stretch.first + i;
       T* const grad_global_query = grad.inputs.query.row(token);
@@ -234,6 +238,7 @@ void prefix_keys_backward(const AdditiveCall<T>& call, const AdditiveGradients<T
                              nullptr, nullptr);
     }
   }
+  if (write) undo_interleave(shape, interleaved, grad_weights);
 }
 
 /// Turns the gradients of gq in the rows of grad.inputs.query into those of the queries.
@@ -248,6 +253,9 @@ void prefix_queries_backward(const AdditiveCall<T>& call, const AdditiveGradient
   const PrefixMeans<T> mean(call, grad.saved, s, visible, false, scratch);
   T* const grad_scores = scratch.take<T>(tile * padded);
   std::fill_n(grad_scores, tile * padded, T(0));
+  const T* const weights = interleave(shape, call.w_q, scratch);
+  T* const interleaved = scratch.take<T>(padded * call.width());
+  std::fill_n(interleaved, padded * call.width(), T(0));
   for (Index end = stretch.count, first; end > 0; end = first) {
     first = (end - 1) / tile * tile;
     Index tokens[tile];
@@ -260,14 +268,15 @@ void prefix_queries_backward(const AdditiveCall<T>& call, const AdditiveGradient
           visible.at[i] ? call.inputs.query.row(token) : nullptr, after, row, grad_scores + listed * padded);
       if (visible.at[i]) tokens[listed++] = token;
     }
-    score_rows_backward<T>(shape, call.w_q, {call.inputs.query, tokens, listed}, grad_scores,
-                           {grad.inputs.query, tokens, listed}, grad_weights);
+    score_rows_backward<T>(shape, weights, {call.inputs.query, tokens, listed}, grad_scores,
+                           {grad.inputs.query, tokens, listed}, interleaved);
     for (Index i = first; call.add_query && i < end; ++i) {
       T* const row = grad.inputs.query.row(stretch.first + i);
       const T* const more = grad.out.row(stretch.first + i);
       for (Index c = 0; c < call.width(); ++c) row[c] += more[c];
     }
   }
+  undo_interleave(shape, interleaved, grad_weights);
 }
 
 /// The rounds of the forward pass from the end: what the rows of each stretch leave for the keys before it; the keys,
@@ -324,13 +333,11 @@ void additive_prefix_backward(const AdditiveCall<T>& call, const AdditiveGradien
   join(keys);
   call.work.for_each(stretches.count(), [&](Index s, Scratch& scratch) {
     suffix(queries, s).start(shape);
-    std::fill_n(weight_parts + s * weights, weights, T(0));
     prefix_keys_backward(call, grad, s, suffix(keys, s), suffix(queries, s), weight_parts + s * weights, scratch);
   });
   sum_weight_gradients(call, weight_parts, grad.w_k);
   join(queries);
   call.work.for_each(stretches.count(), [&](Index s, Scratch& scratch) {
-    std::fill_n(weight_parts + s * weights, weights, T(0));
     prefix_queries_backward(call, grad, s, suffix(queries, s), weight_parts + s * weights, scratch);
   });
   sum_weight_gradients(call, weight_parts, grad.w_q);

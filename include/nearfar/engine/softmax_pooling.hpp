@@ -139,20 +139,38 @@ NEARFAR_INLINE void sum_lanes(const P (&vectors)[Count], T* to) {
   }
 }
 
-/// Lays the weights of each block of heads side by side, vector by vector: a kernel then walks them by one pointer.
-template <class T>
-void interleave(const PoolingShape& shape, const T* weights, T* to) {
+/// How the kernels want weights: those of each block of heads side by side, vector by vector (then number by number, in
+/// the columns that fill no vector), so that one pointer walks them. Heads that see their own columns alone need
+/// nothing of the kind. visit(place, h, c) is called for all places in order.
+template <class T, class Visit>
+void for_each_interleaved(const PoolingShape& shape, Visit&& visit) {
   const Index cols = shape.cols();
+  const Index in_vectors = cols / lanes<T> * lanes<T>;
+  Index place = 0;
   for (Index first = 0; first < shape.padded(); first += head_block) {
-    for (Index c = 0; c + lanes<T> <= cols; c += lanes<T>) {
-      for (Index h = first; h < first + head_block; ++h, to += lanes<T>) {
-        pstoreu(to, ploadu<Packet<T>>(weights + h * cols + c));
+    for (Index c = 0; c < cols; c += c < in_vectors ? lanes<T> : 1) {
+      for (Index h = first; h < first + head_block; ++h) {
+        for (Index i = c; i < (c < in_vectors ? c + lanes<T> : c + 1); ++i) visit(place++, h, i);
       }
     }
-    // The columns that fill no vector.
-    for (Index c = cols / lanes<T> * lanes<T>; c < cols; ++c) {
-      for (Index h = first; h < first + head_block; ++h) *to++ = weights[h * cols + c];
-    }
+  }
+}
+
+template <class T>
+const T* interleave(const PoolingShape& shape, const T* weights, Scratch& scratch) {
+  if (shape.own_columns) return weights;
+  T* const to = scratch.take<T>(shape.padded() * shape.cols());
+  for_each_interleaved<T>(shape, [&](Index place, Index h, Index c) { to[place] = weights[h * shape.cols() + c]; });
+  return to;
+}
+
+template <class T>
+void undo_interleave(const PoolingShape& shape, const T* interleaved, T* weights) {
+  if (shape.own_columns) {
+    std::copy_n(interleaved, shape.padded() * shape.cols(), weights);
+  } else {
+    for_each_interleaved<T>(shape,
+                            [&](Index place, Index h, Index c) { weights[h * shape.cols() + c] = interleaved[place]; });
   }
 }
 
@@ -244,7 +262,8 @@ NEARFAR_INLINE void blend(const T* const* rows, Index count, const T* share, Ind
   NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) pstoreu(mean + v * width, sum[v]);
 }
 
-/// Shows the rows of the list to the pooling. `scores` (shape.scores(list.count) numbers) is left holding the scores.
+/// Shows the rows of the list to the pooling, with interleaved weights. `scores` (shape.scores(list.count) numbers) is
+/// left holding the scores.
 template <class T>
 void pool(const PoolingShape& shape, const T* weights, const RowList<const T>& list, T* scores, SoftmaxPool<T> state,
           Scratch& scratch) {
@@ -253,13 +272,11 @@ void pool(const PoolingShape& shape, const T* weights, const RowList<const T>& l
   using P = typename Eigen::internal::find_best_packet<T, head_block>::type;
   constexpr int width = Eigen::internal::unpacket_traits<P>::size;
   T* const share = scratch.take<T>(shape.scores<T>(pooling_tile + 1));
-  T* const interleaved = scratch.take<T>(shape.own_columns ? 0 : padded * shape.cols());
-  if (!shape.own_columns) interleave(shape, weights, interleaved);
   for (Index first = 0; first < list.count; first += pooling_tile) {
     const Index count = std::min(pooling_tile, list.count - first);
     T* const score = scores + first * padded;
     T* const keep = share + count * padded;
-    score_rows(shape, shape.own_columns ? weights : interleaved, list, first, count, score);
+    score_rows(shape, weights, list, first, count, score);
 
     // The old mean keeps sum' / sum of its weight, and row i gets 2^(score_i - max) / sum.
     for (Index h = 0; h < padded; h += width) {
@@ -305,35 +322,68 @@ void pool(const PoolingShape& shape, const T* weights, const RowList<const T>& l
   }
 }
 
+/// grad[r] += sum_h grad_scores(r, h) weights(h) and grad_weights(h) += sum_r grad_scores(r, h) x[r], over `cols`
+/// columns.
+template <int Rows, int Heads, class T>
+NEARFAR_INLINE void score_block_backward(const T* const (&x)[Rows], T* const (&grad)[Rows], const T* grad_scores,
+                                         Index padded, const T* weights, T* grad_weights, Index cols) {
+  Packet<T> score[Rows][Heads];
+  NEARFAR_UNROLL for (int r = 0; r < Rows; ++r) {
+    NEARFAR_UNROLL for (int h = 0; h < Heads; ++h) score[r][h] = pset1<Packet<T>>(grad_scores[r * padded + h]);
+  }
+  Index c = 0;
+  for (; c + lanes<T> <= cols; c += lanes<T>, weights += Heads * lanes<T>, grad_weights += Heads * lanes<T>) {
+    Packet<T> row[Rows];
+    Packet<T> sum[Rows];
+    NEARFAR_UNROLL for (int r = 0; r < Rows; ++r) {
+      row[r] = ploadu<Packet<T>>(x[r] + c);
+      sum[r] = ploadu<Packet<T>>(grad[r] + c);
+    }
+    NEARFAR_UNROLL for (int h = 0; h < Heads; ++h) {
+      const Packet<T> w = ploadu<Packet<T>>(weights + h * lanes<T>);
+      Packet<T> grad_w = ploadu<Packet<T>>(grad_weights + h * lanes<T>);
+      NEARFAR_UNROLL for (int r = 0; r < Rows; ++r) {
+        sum[r] = pmadd(score[r][h], w, sum[r]);
+        grad_w = pmadd(score[r][h], row[r], grad_w);
+      }
+      pstoreu(grad_weights + h * lanes<T>, grad_w);
+    }
+    NEARFAR_UNROLL for (int r = 0; r < Rows; ++r) pstoreu(grad[r] + c, sum[r]);
+  }
+  for (; c < cols; ++c, weights += Heads, grad_weights += Heads) {
+    for (int r = 0; r < Rows; ++r) {
+      for (int h = 0; h < Heads; ++h) {
+        grad[r][c] += grad_scores[r * padded + h] * weights[h];
+        grad_weights[h] += grad_scores[r * padded + h] * x[r][c];
+      }
+    }
+  }
+}
+
 /// The gradient of scores = rows weights^T: grad_row_i += sum_h grad_score_ih w_h for the rows listed in `grad_rows`,
-/// and grad_weights_h += sum_i grad_score_ih x_i.
+/// and grad_weights_h += sum_i grad_score_ih x_i. Both weights are interleaved.
 template <class T>
 void score_rows_backward(const PoolingShape& shape, const T* weights, const RowList<const T>& list,
                          const T* grad_scores, const RowList<T>& grad_rows, T* grad_weights) {
+  constexpr Index together = 2;
   const Index padded = shape.padded();
-  for_each_head_block(shape, [&](auto block, Index first, Index column, Index cols) {
+  for_each_head_block(shape, [&](auto block, Index h, Index column, Index cols) {
     constexpr int heads = decltype(block)::value;
-    for_each_packet<T>(cols, [&](auto by, Index c) {
-      using P = typename decltype(by)::template Of<T>;
-      const Index at = first * shape.cols() + column + c;
-      P w[heads];
-      P sum[heads];
-      NEARFAR_UNROLL for (int h = 0; h < heads; ++h) {
-        w[h] = ploadu<P>(weights + at + h * shape.cols());
-        sum[h] = ploadu<P>(grad_weights + at + h * shape.cols());
+    const Index at = h * shape.cols() + column;
+    const auto several = [&](auto number, Index i) {
+      constexpr int rows = decltype(number)::value;
+      const T* x[rows];
+      T* grad[rows];
+      for (int r = 0; r < rows; ++r) {
+        x[r] = list[i + r] + column;
+        grad[r] = grad_rows[i + r] + column;
       }
-      for (Index i = 0; i < list.count; ++i) {
-        const P x = ploadu<P>(list[i] + column + c);
-        P grad = ploadu<P>(grad_rows[i] + column + c);
-        NEARFAR_UNROLL for (int h = 0; h < heads; ++h) {
-          const P score = pset1<P>(grad_scores[i * padded + first + h]);
-          grad = pmadd(score, w[h], grad);
-          sum[h] = pmadd(score, x, sum[h]);
-        }
-        pstoreu(grad_rows[i] + column + c, grad);
-      }
-      NEARFAR_UNROLL for (int h = 0; h < heads; ++h) pstoreu(grad_weights + at + h * shape.cols(), sum[h]);
-    });
+      score_block_backward<rows, heads>(x, grad, grad_scores + i * padded + h, padded, weights + at, grad_weights + at,
+                                        cols);
+    };
+    Index i = 0;
+    for (; i + together <= list.count; i += together) several(std::integral_constant<int, together>{}, i);
+    if (i < list.count) several(std::integral_constant<int, 1>{}, i);
   });
 }
 
@@ -367,9 +417,11 @@ void pool_backward(const PoolingShape& shape, const T* weights, const RowList<co
     for (Index i = 0; i < tile.count; ++i) {
       T* const weight = weights_of_rows + (first + i) * padded;
       const T* const from = start.data() == nullptr ? nullptr : start.row(tile.number[i]);
+      const T* const later = list[std::min(first + i + pooling_tile, list.count - 1)];
       for (Index g = 0; g < groups; ++g) {
         for_each_packet<T>(shape.dim, [&](auto by, Index c) {
           using P = typename decltype(by)::template Of<T>;
+          prefetch_far(later + g * shape.dim + c);
           P sum = from == nullptr ? pset1<P>(T(0)) : ploadu<P>(from + g * shape.dim + c);
           for (Index h = g * shape.group; h < (g + 1) * shape.group; ++h) {
             sum = pmadd(pset1<P>(weight[h]), ploadu<P>(grad_mean + h * shape.dim + c), sum);

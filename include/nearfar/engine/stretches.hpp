@@ -55,22 +55,21 @@ class Stretches {
   Stretch* stretches_;
 };
 
-/// Tokens that are read in turn from this many places of a stretch, its strands: memory serves one reader of several
-/// streams half as fast again as a reader of one.
+/// Tokens that are only read are read in turn from this many places of a stretch, its strands: memory serves one reader
+/// of several streams half as fast again as a reader of one. Where rows are written too, it does not.
 inline constexpr Index strands = 3;
 
-/// Tokens of a strand. A block of `strands * strand_tokens` is the most that is listed at a time.
-inline constexpr Index strand_tokens = 128;
-inline constexpr Index strand_block = strands * strand_tokens;
+/// The most tokens that are listed at a time.
+inline constexpr Index block_tokens = strands * 128;
 
-/// Calls visit(numbers, count) with the numbers of those tokens of a stretch that `wanted(token)`, up to strand_block
-/// of them at a time, in the order of strands.
+/// Calls visit(numbers, count) with the numbers of those tokens of a stretch that `wanted(token)`, up to block_tokens
+/// of them at a time, taken in turn from so many places.
 template <class Wanted, class Visit>
-void for_each_strand_block(const Stretch& stretch, Wanted&& wanted, Visit&& visit) {
-  Index tokens[strand_block];
-  for (Index first = stretch.first; first < stretch.end(); first += strand_block) {
-    const Index count = std::min(strand_block, stretch.end() - first);
-    const Index each = (count + strands - 1) / strands;
+void for_each_block(const Stretch& stretch, Index places, Wanted&& wanted, Visit&& visit) {
+  Index tokens[block_tokens];
+  for (Index first = stretch.first; first < stretch.end(); first += block_tokens) {
+    const Index count = std::min(block_tokens, stretch.end() - first);
+    const Index each = (count + places - 1) / places;
     Index listed = 0;
     for (Index i = 0; i < each; ++i) {
       for (Index j = i; j < count; j += each) {
