@@ -147,6 +147,17 @@ TEST(Multipole, FollowsTheDefinitionAtEveryLength) {
   }
 }
 
+TEST(Multipole, FollowsTheDefinitionWhereABlockIsLargerThanATile) {
+  const Heads heads{.query = 1, .key_value = 1, .dim = 3};
+  const auto sample = random_sample<double>(heads, 2011, 1);
+  for (const MultipoleOptions& options : every_kind(600, 3)) {
+    if (options.pooling != Pooling::average || !options.mass_scaling) continue;
+    Naive naive{heads, options, {}, {}};
+    naive.attend(sample);
+    EXPECT_TRUE(close(run_forward(Multipole<double>(heads, options), sample), naive.out, 1e-12)) << describe(options);
+  }
+}
+
 TEST(Multipole, EqualsSoftmaxWhereABlockHoldsTheWholeSequence) {
   auto sample = random_sample<double>(small, 50, 3);
   sample.key_mask = Random(4).mask(50, 0.3);
@@ -315,9 +326,10 @@ double moved_loss(Multipole<double> attention, Sample<double> sample, const Matr
 
 TEST(Multipole, HasTheGradientsThatDifferencesShow) {
   const Heads heads{.query = 2, .key_value = 1, .dim = 3};
-  // The longer one is cut into several segments, whose gradients meet.
-  for (const Index n : {53, 1900}) {
-    for (MultipoleOptions options : every_kind(n == 53 ? 4 : 16, 2)) {
+  // The longer ones are cut into several segments, whose gradients meet; a block of the last is larger than a tile.
+  for (const auto& [n, block] : std::vector<std::pair<Index, Index>>{{53, 4}, {1900, 16}, {2011, 600}}) {
+    for (const MultipoleOptions& options : every_kind(block, 2)) {
+      if (n == 2011 && options.pooling != Pooling::average) continue;
       const auto attention = make<double>(heads, options);
       auto sample = random_sample<double>(heads, n, 20);
       sample.key_mask = Random(21).mask(n, 0.3);
