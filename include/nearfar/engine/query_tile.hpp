@@ -137,8 +137,8 @@ class QueryTile {
     NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) largest[v] = max[v];
     multiply<Vectors>(
         keys.key(range.first), range.count(), query(p), width, dim_,
-        [&](Index j, int v) {
-          if (v == 0) lookahead_.step();
+        [&](Index j, int) {
+          lookahead_.step();
           return pset1<Packet<T>>(keys.bias(range.first + j));
         },
         [&](Index j, int v, const Packet<T>& product) {
