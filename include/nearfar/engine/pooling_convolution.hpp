@@ -89,8 +89,8 @@ class ConvolutionPooling {
         for (Index l = tree_.levels(); l >= 1; --l) {
           const Index g = block >> (l - 1);
           const Children<T> grad_children = children<T>(l, grad_tokens, grad_pooled);
-          const Range block_tokens = children<T>(1, grad_tokens, grad_pooled).of(block);
-          if (!absent(l, g)) spread(l, g, block_tokens, grad_pooled, grad_children);
+          const Range members = children<T>(1, grad_tokens, grad_pooled).of(block);
+          if (!absent(l, g)) spread(l, g, members, grad_pooled, grad_children);
         }
       });
     }
