@@ -65,7 +65,7 @@ struct FmmParameters {
 /// it is finished, and nothing of size n is kept. A second call of the same shapes allocates nothing. Masked keys are
 /// never read. A query that sees no key in the window gets the far field alone, and one that sees no key at all a zero
 /// row.
-/// Source: Nguyen et al., FMMformer, arXiv 2108.02347, equations 5, 9 and 11.
+/// Source: Nguyen et al., FMMformer, arXiv 2108.02347, equations 5 and 9, blended.
 template <class T>
 class Fmm {
  public:

@@ -38,7 +38,8 @@ struct NystromOptions {
 /// Masked tokens enter no mean and no softmax over keys, but have a row of out as queries; a segment without any other
 /// token has no landmark. So a sequence of fewer tokens than `landmarks` has one landmark a token, which makes the
 /// result exact attention. Where all keys are masked out is zero, and the log-sum-exp -infinity.
-/// Source: Xiong et al., Nystromformer, arXiv 2102.03902, equations 13 and 14 and algorithm 1.
+/// Where pivots were dropped, the gradient is that at constant rank.
+/// Source: Xiong et al., Nystromformer, arXiv 2102.03902, algorithm 1.
 template <class T>
 class Nystrom {
  public:
