@@ -1,0 +1,78 @@
+#pragma once
+
+#include <nearfar/detail/checks.hpp>
+#include <nearfar/engine/window_attention.hpp>
+#include <nearfar/engine/window_gradient.hpp>
+
+#include <string_view>
+
+namespace nearfar {
+inline namespace NEARFAR_VERSION_NAMESPACE {
+namespace detail {
+
+/// What Softmax and Banded have in common: all but their options and the window that these stand for.
+template <class T, class MechanismOptions>
+class WindowMechanism {
+ public:
+  using Scalar = T;
+  using Options = MechanismOptions;
+  using Parameters = NoParameters;
+
+  /// log_sum_exp: heads.query x n_q, of the scaled scores that a query sees.
+  struct Saved {
+    Matrix<T> log_sum_exp;
+  };
+
+  const Heads& heads() const { return heads_; }
+  const Options& options() const { return options_; }
+  const Parameters& parameters() const { return parameters_; }
+  Parameters& parameters() { return parameters_; }
+
+  void forward(const Inputs<T>& inputs, Tokens<T> out, Context& context = default_context()) const {
+    check_inputs<T>(name_, heads_, inputs, out, Lengths::any);
+    attend(inputs, out, nullptr, context);
+  }
+
+  void forward(const Inputs<T>& inputs, Tokens<T> out, Saved& saved, Context& context = default_context()) const {
+    check_inputs<T>(name_, heads_, inputs, out, Lengths::any);
+    saved.log_sum_exp.resize(heads_.query, inputs.query.rows());
+    attend(inputs, out, saved.log_sum_exp.data(), context);
+  }
+
+  void backward(const Inputs<T>& inputs, Tokens<const T> out, const Saved& saved, Tokens<const T> grad_out,
+                const InputGradients<T>& grad_inputs, Parameters&, Context& context = default_context()) const {
+    check_inputs<T>(name_, heads_, inputs, out, Lengths::any);
+    check_gradients<T>(name_, heads_, inputs, grad_out, grad_inputs);
+    check_saved(name_, "log_sum_exp", saved.log_sum_exp, heads_.query, inputs.query.rows());
+    Work work(context);
+    auto* delta = work.take<Accumulator<T>>(heads_.query * inputs.query.rows());
+    softmax_delta(work, heads_, out, grad_out, delta);
+    window_gradient(work, heads_, window_, scale(), inputs, saved.log_sum_exp.data(), grad_out, delta, grad_inputs);
+  }
+
+ protected:
+  WindowMechanism(std::string_view name, const Heads& heads, const Options& options, Window window)
+      : name_(name), heads_(heads), options_(options), window_(options.causal ? window.causal() : window) {
+    check_heads(name, heads);
+    check_scale(name, options.scale);
+    check_window(name, window);
+  }
+
+ private:
+  double scale() const { return scale_or_default(options_.scale, heads_); }
+
+  void attend(const Inputs<T>& inputs, Tokens<T> out, T* log_sum_exp, Context& context) const {
+    Work work(context);
+    window_attention(work, heads_, window_, scale(), inputs, out, log_sum_exp);
+  }
+
+  std::string_view name_;
+  Heads heads_;
+  Options options_;
+  Window window_;
+  [[no_unique_address]] Parameters parameters_;
+};
+
+}  // namespace detail
+}  // namespace NEARFAR_VERSION_NAMESPACE
+}  // namespace nearfar
