@@ -233,5 +233,16 @@ TEST(Linear, RefusesBadOptionsAndStreamsInPlainSentences) {
             "nearfar::Linear: a stream needs normalizer row_sum, but normalizer is sqrt_length.");
 }
 
+TEST(Linear, RefusesASavedOrAStateOfAnotherCall) {
+  const Heads heads{.query = 2, .key_value = 2, .dim = 4};
+  const Linear<float> attention(heads, {.causal = true});
+  const auto sample = random_sample<float>(heads, 3, 16);
+  Matrix<float> out(3, 8), query(3, 8), key(3, 8), value(3, 8);
+  NoParameters none;
+  EXPECT_THROW(attention.backward(sample.inputs(), out, {}, out, {query, key, value}, none), std::invalid_argument);
+  Linear<float>::State state;
+  EXPECT_THROW(attention.extend(state, sample.inputs(), out), std::invalid_argument);
+}
+
 }  // namespace
 }  // namespace nearfar::test

@@ -97,6 +97,9 @@ class Linear {
   void backward(const Inputs<T>& inputs, Tokens<const T> out, const Saved& saved, Tokens<const T> grad_out,
                 const InputGradients<T>& grad, Parameters&, Context& context = default_context()) const {
     detail::check_inputs<T>("Linear", heads_, inputs, out, detail::Lengths::any);
+    detail::check_gradients<T>("Linear", heads_, inputs, grad_out, grad);
+    detail::check_saved("Linear", "inverse_normalizer", saved.inverse_normalizer, inputs.query.rows(),
+                        sum().maps() * heads_.query);
     detail::Work work(context);
     sum().backward(
         {.inputs = inputs, .grad_out = grad_out, .inverse_normalizer = saved.inverse_normalizer, .grad = grad}, work);
@@ -115,6 +118,9 @@ class Linear {
   /// seen.
   void extend(State& state, const Inputs<T>& inputs, Tokens<T> out, Context& context = default_context()) const {
     detail::check_inputs<T>("Linear", heads_, inputs, out, detail::Lengths::equal);
+    const auto sums = static_cast<std::size_t>(heads_.key_value * sum().sums_size());
+    detail::require(state.sums.size() == sums, "Linear", "this state holds ", state.sums.size(),
+                    " sums, but its heads and maps need ", sums, ": take it from start().");
     detail::require(inputs.query_offsets.empty(), "Linear", "a stream is one sequence, but query_offsets has ",
                     inputs.query_offsets.size(), " numbers.");
     detail::Work work(context);
