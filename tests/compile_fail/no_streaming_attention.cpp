@@ -1,4 +1,5 @@
-// nearfar: this type is not a StreamingAttention: besides Attention it needs a type State, start() const and extend(state, inputs, out) const.
+// nearfar: this type is not a StreamingAttention: besides Attention it needs a type State, start() const and
+// extend(state, inputs, out) const.
 #include <nearfar/attention.hpp>
 
 struct Mechanism {
