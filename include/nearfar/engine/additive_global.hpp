@@ -1,6 +1,7 @@
 #pragma once
 
 #include <nearfar/engine/additive_call.hpp>
+#include <nearfar/engine/softmax_pooling_backward.hpp>
 
 namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {

@@ -1,6 +1,6 @@
 #pragma once
 
-#include <nearfar/engine/softmax_pooling.hpp>
+#include <nearfar/engine/softmax_pooling_backward.hpp>
 
 namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
