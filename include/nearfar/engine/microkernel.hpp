@@ -25,8 +25,8 @@ struct Broadcast {
 template <int Vectors>
 inline constexpr int tile_rows = vector_registers >= 32 ? 16 / Vectors : (vector_registers - 4) / Vectors;
 
-/// Calls visit(std::integral_constant<int, count>, first) for consecutive groups of `count` rows that cover `rows`: full
-/// register tiles, then what is left by fours and one by one.
+/// Calls visit(std::integral_constant<int, count>, first) for consecutive groups of `count` rows that cover `rows`:
+/// full register tiles, then what is left by fours and one by one.
 template <int Vectors, class Visit>
 NEARFAR_INLINE void for_each_tile(Index rows, Visit&& visit) {
   constexpr int full = tile_rows<Vectors>;
