@@ -62,15 +62,6 @@ inline constexpr int vector_registers = EIGEN_ARCH_DEFAULT_NUMBER_OF_REGISTERS;
 /// The smallest multiple of `step` that is not below `count`.
 constexpr Index round_up(Index count, Index step) { return (count + step - 1) / step * step; }
 
-/// Asks for the cache line of an address that will be read soon.
-NEARFAR_INLINE void prefetch(const void* address) {
-#if defined(__GNUC__)
-  __builtin_prefetch(address);
-#else
-  (void)address;
-#endif
-}
-
 /// Asks for a cache line that will be read in a while, in the second-level cache: the first has few lines to wait with.
 NEARFAR_INLINE void prefetch_far(const void* address) {
 #if defined(__GNUC__)

@@ -82,13 +82,12 @@ void window_attention(Work& work, const Heads& heads, Window window, double scal
                       Tokens<Scalar> out, Scalar* log_sum_exp, Tokens<const Accumulator<Scalar>> factors = {}) {
   const FewQueries<Scalar> few(heads, window, scale, inputs, factors);
   if (few.suits()) return few.attend(work, out, log_sum_exp);
-  const NarrowWindow<Scalar> slit(heads, window, scale, inputs, factors);
-  if (slit.suits()) return slit.attend(work, out, log_sum_exp);
+  const NarrowWindow<Scalar> narrow(heads, window, scale, inputs, factors);
+  if (narrow.suits()) return narrow.attend(work, out, log_sum_exp);
   constexpr Index wide = 2 * lanes<Accumulator<Scalar>>;
-  const bool narrow =
-      std::min(window.left, Window::unlimited) + std::min(window.right, Window::unlimited) < 16 * wide ||
-      inputs.query.rows() <= wide / 2;
-  if (narrow) {
+  const bool thin = std::min(window.left, Window::unlimited) + std::min(window.right, Window::unlimited) < 16 * wide ||
+                    inputs.query.rows() <= wide / 2;
+  if (thin) {
     window_attention_in_panels<1>(work, heads, window, scale, inputs, out, log_sum_exp, factors, 256);
   } else {
     window_attention_in_panels<2>(work, heads, window, scale, inputs, out, log_sum_exp, factors, 512);
