@@ -234,16 +234,9 @@ class Multipole {
       pooled.emplace(work, tree, heads_, scale(), inputs.query, query_mask(inputs));
       pooled->attend(walk);
     }
-    const detail::PooledQueries<T>* coarse = pooled ? &*pooled : nullptr;
-    // A causal near field has an edge in every block, of which narrow panels hide less.
-    if (options_.causal) {
-      attend_tiles<1>(work, tree, walk, coarse, inputs, out, log_sum_exp, stride);
-    } else {
-      attend_tiles<2>(work, tree, walk, coarse, inputs, out, log_sum_exp, stride);
-    }
+    attend_tiles(work, tree, walk, pooled ? &*pooled : nullptr, inputs, out, log_sum_exp, stride);
   }
 
-  template <int Vectors>
   void attend_tiles(detail::Work& work, const detail::Hierarchy& tree, const detail::MultipoleWalk<T>& walk,
                     const detail::PooledQueries<T>* pooled, const Inputs<T>& inputs, Tokens<T> out, T* log_sum_exp,
                     Index stride) const {
@@ -255,7 +248,7 @@ class Multipole {
       const Index key_head = head / heads_.group();
       const Tokens<const T> query = inputs.query.middle_rows(tile.first, tile.count).middle_cols(head * dim, dim);
       const Tokens<T> result = out.middle_rows(tile.first, tile.count).middle_cols(head * dim, dim);
-      detail::QueryTile<T, Vectors> queries(scratch, tile.count, dim, dim);
+      detail::QueryTile<T> queries(scratch, tile.count, dim, dim);
       detail::KeyTile<T> keys(scratch, dim, dim);
       const auto visit = [&](const auto& band) { queries.visit(keys, band); };
 

@@ -53,7 +53,7 @@ class PooledQueries {
         const Index head = task % heads_.query;
         const Index first = task / heads_.query * queries_a_tile;
         const Index count = std::min(queries_a_tile, rows - first);
-        Queries queries(scratch, count, heads_.dim, heads_.dim);
+        QueryTile<T> queries(scratch, count, heads_.dim, heads_.dim);
         KeyTile<T> keys(scratch, heads_.dim, heads_.dim);
         queries.load(query_.row(head, origin + first), query_.row_stride, first, count, scale_ * log2_e<T>);
         if (l < tree_.levels()) hand_down(l + 1, head, 2, queries);
@@ -65,10 +65,7 @@ class PooledQueries {
   }
 
   /// Starts the tokens of a tile from what their sub-blocks of level 1 saw.
-  template <class QueryTile>
-  void hand_down(Index head, QueryTile& queries) const {
-    hand_down(1, head, tree_.sub_block(1), queries);
-  }
+  void hand_down(Index head, QueryTile<T>& queries) const { hand_down(1, head, tree_.sub_block(1), queries); }
 
   /// The gradients of `attend`: adds those of the pooled keys and values to `grad_far`, those of the tokens' queries to
   /// `grad_query`. log_sum_exp and delta are those of the tokens, head by head, `stride` apart.
@@ -108,7 +105,6 @@ class PooledQueries {
   }
 
  private:
-  using Queries = QueryTile<T, 1>;
   static constexpr Index queries_a_tile = 64;
 
   /// (G, R, delta) of the text above for each pooled query; R is -infinity where no token below sees a key.
@@ -120,8 +116,7 @@ class PooledQueries {
 
   T* log_sum_exp(Index head, Index row) const { return log_sum_exp_ + head * tree_.rows() + row; }
 
-  template <class QueryTile>
-  void hand_down(Index from, Index head, Index children, QueryTile& queries) const {
+  void hand_down(Index from, Index head, Index children, QueryTile<T>& queries) const {
     const Index origin = tree_.level(from).first_row;
     queries.start_from(result_.row(head, origin), result_.row_stride, log_sum_exp(head, origin), children);
   }

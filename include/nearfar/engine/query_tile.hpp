@@ -18,10 +18,12 @@ namespace detail {
 /// Queries lie on the vector lanes, in panels of `width`: scores are S^T = K Q^T and values O^T = V^T P^T, so that K
 /// and V are read number by number as they stand, row maxima and sums need no work across lanes, and only Q is
 /// transposed on the way in and O on the way out. A panel's scores over one key tile stay in the first-level cache.
-template <class T, int Vectors>
+template <class T>
 class QueryTile {
  public:
-  using Panel = OnlineSoftmax<T, Vectors>;
+  /// Two vectors a panel: they share the numbers that the microkernel broadcasts.
+  static constexpr int vectors = 2;
+  using Panel = OnlineSoftmax<T, vectors>;
   static constexpr Index width = Panel::width;
 
   /// Room for `capacity` queries of `dim` features against values of `value_dim`.
@@ -44,35 +46,22 @@ class QueryTile {
     }
   }
 
-  /// Attends to all keys of the tile.
-  void visit(const KeyTile<T>& keys) {
-    for (Index p = 0; p < panels(); ++p) {
-      attend(p, keys, {0, keys.count()}, [&](Packet<T>(&max)[Vectors]) {
-        score(p, keys, {0, keys.count()}, AllSeen{}, max);
-      });
-    }
-  }
-
   /// Attends to the keys of the tile that the band, or whatever else answers as Band does, lets each query see. Only
-  /// where the band's edges cross a panel are its queries told apart.
+  /// where the band's edges cross a panel are its queries told apart; keys that one of its vectors alone can see do not
+  /// meet the other.
   template <class Band>
   void visit(const KeyTile<T>& keys, const Band& band) {
     for (Index p = 0; p < panels(); ++p) {
-      const Index query = first_ + p * width;
-      Range any = keys.within(band.seen_by_any(query, in_panel(p)));
-      if (any.count() == 0) continue;
-      // Ends that fall between register tiles move outward, to keys that the mask hides, or inward.
-      constexpr Index step = tile_rows<Vectors>;
-      any = {any.first / 4 * 4, std::min(round_up(any.end, 4), keys.count())};
-      Range all = keys.within(band.seen_by_all(query, in_panel(p)));
-      all = {std::min(round_up(all.first, step), any.end), all.end == keys.count() ? all.end : all.end / step * step};
-      if (all.count() == 0) all = {any.end, any.end};
-      const LaneMask<T, Band> hide{band, keys, query};
-      attend(p, keys, any, [&](Packet<T>(&max)[Vectors]) {
-        score(p, keys, {any.first, all.first}, hide, max);
-        score(p, keys, all, AllSeen{}, max);
-        score(p, keys, {all.end, any.end}, hide, max);
-      });
+      const Seen seen = seen_by(p, keys, band);
+      if (seen.any.count() == 0) continue;
+      const LaneMask<T, Band> hide{band, keys, first_ + p * width};
+      Packet<T> max[vectors] = {pset1<Packet<T>>(-infinity<T>), pset1<Packet<T>>(-infinity<T>)};
+      score<0, 1>(p, keys, {seen.any.first, seen.shared.first}, hide, max);
+      score<1, 2>(p, keys, {seen.shared.end, seen.any.end}, hide, max);
+      score(p, keys, {seen.shared.first, seen.all.first}, hide, max);
+      score(p, keys, seen.all, AllSeen{}, max);
+      score(p, keys, {seen.all.end, seen.shared.end}, hide, max);
+      take(p, keys, seen, max);
     }
   }
 
@@ -126,45 +115,89 @@ class QueryTile {
   }
 
  private:
+  // The keys of a tile that some query of a panel sees; those among them that are scored for all its vectors, the ones
+  // before being for the first vector alone and the ones after for the last; and those that every query sees.
+  struct Seen {
+    Range any;
+    Range shared;
+    Range all;
+  };
+
   T* query(Index p) const { return query_ + p * width * dim_; }
 
-  // The scores of a panel against keys [range.first, range.end), kept at scores_ from row range.first on, and their
-  // maxima; mask(j, v, score) may hide some.
-  template <class Mask>
-  void score(Index p, const KeyTile<T>& keys, Range range, Mask&& mask, Packet<T> (&max)[Vectors]) {
+  // Ends that would fall between register tiles move outward, to keys that the mask hides, or inward.
+  template <class Band>
+  Seen seen_by(Index p, const KeyTile<T>& keys, const Band& band) const {
+    constexpr Index step = tile_rows<vectors>;
+    const Index query = first_ + p * width;
+    const Index count = in_panel(p);
+    const auto down = [](Index place) { return place / 4 * 4; };
+    const auto up = [&](Index place) { return std::min(round_up(place, 4), keys.count()); };
+    Seen seen;
+    seen.any = keys.within(band.seen_by_any(query, count));
+    if (seen.any.count() == 0) return seen;
+    seen.any = {down(seen.any.first), up(seen.any.end)};
+    if (count <= lanes<T>) {
+      seen.shared = seen.all = {seen.any.end, seen.any.end};
+      return seen;
+    }
+    const Range first = keys.within(band.seen_by_any(query, lanes<T>));
+    const Range last = keys.within(band.seen_by_any(query + lanes<T>, count - lanes<T>));
+    seen.shared = {std::clamp(down(last.first), seen.any.first, seen.any.end),
+                   std::clamp(up(first.end), seen.any.first, seen.any.end)};
+    seen.all = keys.within(band.seen_by_all(query, count));
+    seen.all = {std::min(round_up(seen.all.first, step), seen.shared.end),
+                seen.all.end == keys.count() ? seen.all.end : seen.all.end / step * step};
+    if (seen.all.count() == 0) seen.all = {seen.shared.end, seen.shared.end};
+    return seen;
+  }
+
+  // The scores of vectors [First, End) of a panel against some keys, kept at scores_ a row a key, and their maxima;
+  // mask(j, v, score) may hide some. For vectors left out all are hidden.
+  template <int First = 0, int End = vectors, class Mask>
+  void score(Index p, const KeyTile<T>& keys, Range range, Mask&& mask, Packet<T> (&max)[vectors]) {
     if (range.count() == 0) return;
-    Packet<T> largest[Vectors];
-    NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) largest[v] = max[v];
-    multiply<Vectors>(
-        keys.key(range.first), range.count(), query(p), width, dim_,
+    Packet<T> largest[vectors] = {max[0], max[1]};
+    multiply<End - First>(
+        keys.key(range.first), range.count(), query(p) + First * lanes<T>, width, dim_,
         [&](Index j, int) {
           lookahead_.step();
           return pset1<Packet<T>>(keys.bias(range.first + j));
         },
         [&](Index j, int v, const Packet<T>& product) {
-          const Packet<T> masked = mask(range.first + j, v, product);
-          largest[v] = pmax(largest[v], masked);
-          pstoreu(scores_ + (range.first + j) * width + v * lanes<T>, masked);
+          const Packet<T> masked = mask(range.first + j, First + v, product);
+          largest[First + v] = pmax(largest[First + v], masked);
+          T* row = scores_ + (range.first + j) * width;
+          pstoreu(row + (First + v) * lanes<T>, masked);
+          if constexpr (End - First < vectors) pstoreu(row + (1 - First) * lanes<T>, pset1<Packet<T>>(-infinity<T>));
         });
-    NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) max[v] = largest[v];
+    std::copy_n(largest, vectors, max);
   }
 
-  // Takes keys [range.first, range.end) into the softmax of a panel: score_all(max) leaves their scores and maxima.
-  template <class ScoreAll>
-  void attend(Index p, const KeyTile<T>& keys, Range range, ScoreAll&& score_all) {
-    Packet<T> max[Vectors];
-    NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) max[v] = pset1<Packet<T>>(-infinity<T>);
-    score_all(max);
+  // Takes scored keys and their values into the softmax of a panel.
+  void take(Index p, const KeyTile<T>& keys, const Seen& seen, const Packet<T> (&max)[vectors]) {
     Panel softmax = panel(p);
-    Packet<T> correction[Vectors];
-    T* scores = scores_ + range.first * width;
-    softmax.update(scores, range.count(), max, correction);
-    multiply<Vectors>(
-        keys.value_transposed(range.first), value_dim_, scores, width, range.count(),
-        [](Index, int) { return pset1<Packet<T>>(T(0)); },
+    Packet<T> correction[vectors];
+    softmax.update(scores_ + seen.any.first * width, seen.any.count(), max, correction);
+    multiply_values<0, vectors>(softmax, keys, seen.shared, [&](const Packet<T>& o, int v, const Packet<T>& product) {
+      return pmadd(o, correction[v], product);
+    });
+    const auto add = [](const Packet<T>& o, int, const Packet<T>& product) { return padd(o, product); };
+    const Range before{seen.any.first, seen.shared.first};
+    const Range after{seen.shared.end, seen.any.end};
+    if (before.count() > 0) multiply_values<0, 1>(softmax, keys, before, add);
+    if (after.count() > 0) multiply_values<1, 2>(softmax, keys, after, add);
+  }
+
+  // What the values of some keys add to vectors [First, End) of a panel: merge(o, v, product) is the new value.
+  template <int First, int End, class Merge>
+  void multiply_values(const Panel& softmax, const KeyTile<T>& keys, Range range, Merge&& merge) {
+    multiply<End - First>(
+        keys.value_transposed(range.first), value_dim_, scores_ + range.first * width + First * lanes<T>, width,
+        range.count(), [](Index, int) { return pset1<Packet<T>>(T(0)); },
         [&](Index c, int v, const Packet<T>& product) {
-          T* o = softmax.value + c * width + v * lanes<T>;
-          pstoreu(o, pmadd(ploadu<Packet<T>>(o), correction[v], product));
+          T* o = softmax.value + c * width + (First + v) * lanes<T>;
+          pstoreu(o, merge(ploadu<Packet<T>>(o), v, product));
         });
   }
 

@@ -15,14 +15,14 @@ namespace detail {
 ///
 /// A task is one head of one tile of queries; it walks over the keys that some query of the tile sees, at most
 /// KeyTile::capacity at a time. Work n_q * (keys seen) * (dim + value_dim) a head, memory a tile a thread.
-template <int Vectors, class Scalar>
-void window_attention_in_panels(Work& work, const Heads& heads, Window window, double scale,
-                                const Inputs<Scalar>& inputs, Tokens<Scalar> out, Scalar* log_sum_exp,
-                                Tokens<const Accumulator<Scalar>> factors, Index tile_rows) {
+template <class Scalar>
+void window_attention_in_tiles(Work& work, const Heads& heads, Window window, double scale,
+                               const Inputs<Scalar>& inputs, Tokens<Scalar> out, Scalar* log_sum_exp,
+                               Tokens<const Accumulator<Scalar>> factors) {
   using T = Accumulator<Scalar>;
   const Index dim = heads.dim;
   const Index value_dim = heads.value_width();
-  const Tiles tiles(work, inputs, tile_rows);
+  const Tiles tiles(work, inputs, 512);
   // Causal work grows along a sequence: the last tiles come first, so that no long task is left for the end.
   work.for_each(tiles.count() * heads.query, [&](Index task, Scratch& scratch) {
     const Tile tile = tiles[tiles.count() - 1 - task / heads.query];
@@ -32,7 +32,7 @@ void window_attention_in_panels(Work& work, const Heads& heads, Window window, d
     const Band band(window, rows.query_count, rows.key_count);
     const std::uint8_t* mask = key_mask(inputs, rows);
 
-    QueryTile<T, Vectors> queries(scratch, tile.count, dim, value_dim);
+    QueryTile<T> queries(scratch, tile.count, dim, value_dim);
     KeyTile<T> keys(scratch, dim, value_dim);
     const Tokens query =
         inputs.query.middle_rows(rows.query_begin + tile.first, tile.count).middle_cols(head * dim, dim);
@@ -75,8 +75,7 @@ void window_attention_in_panels(Work& work, const Heads& heads, Window window, d
   });
 }
 
-/// As above, by the way that suits the number of queries and the window. A panel visits the keys that any of its
-/// queries sees: where the window is not much wider than the panel, a narrower panel wastes less.
+/// As above, by the way that suits the number of queries and the window.
 template <class Scalar>
 void window_attention(Work& work, const Heads& heads, Window window, double scale, const Inputs<Scalar>& inputs,
                       Tokens<Scalar> out, Scalar* log_sum_exp, Tokens<const Accumulator<Scalar>> factors = {}) {
@@ -84,14 +83,7 @@ void window_attention(Work& work, const Heads& heads, Window window, double scal
   if (few.suits()) return few.attend(work, out, log_sum_exp);
   const NarrowWindow<Scalar> narrow(heads, window, scale, inputs, factors);
   if (narrow.suits()) return narrow.attend(work, out, log_sum_exp);
-  constexpr Index wide = 2 * lanes<Accumulator<Scalar>>;
-  const bool thin = std::min(window.left, Window::unlimited) + std::min(window.right, Window::unlimited) < 16 * wide ||
-                    inputs.query.rows() <= wide / 2;
-  if (thin) {
-    window_attention_in_panels<1>(work, heads, window, scale, inputs, out, log_sum_exp, factors, 256);
-  } else {
-    window_attention_in_panels<2>(work, heads, window, scale, inputs, out, log_sum_exp, factors, 512);
-  }
+  window_attention_in_tiles(work, heads, window, scale, inputs, out, log_sum_exp, factors);
 }
 
 }  // namespace detail
