@@ -77,7 +77,7 @@ class Fmm {
   /// what Linear saves.
   struct Saved {
     Matrix<T> near;
-    Matrix<T> log_sum_exp;
+    Matrix<double> log_sum_exp;
     Matrix<T> inverse_normalizer;
   };
 
@@ -97,7 +97,7 @@ class Fmm {
     check_parameters(parameters_, "");
     detail::Work work(context);
     const Gates gates = open_gates(work);
-    detail::window_attention(work, heads_, window(), scale(), inputs, out, static_cast<T*>(nullptr), gates.near);
+    detail::window_attention(work, heads_, window(), scale(), inputs, out, nullptr, gates.near);
     far_.sum().forward({.inputs = inputs, .out = out, .weights = gates.far, .add = true}, work);
   }
 

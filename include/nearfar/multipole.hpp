@@ -98,7 +98,7 @@ class Multipole {
 
   /// log_sum_exp: heads.query x n, over near and pooled keys, masses included. Backward pools keys and values again.
   struct Saved {
-    Matrix<T> log_sum_exp;
+    Matrix<double> log_sum_exp;
   };
 
   /// Throws std::invalid_argument on options that contradict each other. Learned pooling starts as the average.
@@ -216,7 +216,7 @@ class Multipole {
     return options_.query_pooling == QueryPooling::all ? nullptr : mask(inputs);
   }
 
-  void attend(const Inputs<T>& inputs, Tokens<T> out, T* log_sum_exp, Context& context) const {
+  void attend(const Inputs<T>& inputs, Tokens<T> out, double* log_sum_exp, Context& context) const {
     detail::Work work(context);
     for (Index b = 0; b < sequence_count(inputs); ++b) {
       const Sequence rows = sequence(inputs, b);
@@ -225,7 +225,8 @@ class Multipole {
     }
   }
 
-  void attend_sequence(detail::Work& work, const Inputs<T>& inputs, Tokens<T> out, T* log_sum_exp, Index stride) const {
+  void attend_sequence(detail::Work& work, const Inputs<T>& inputs, Tokens<T> out, double* log_sum_exp,
+                       Index stride) const {
     const detail::Hierarchy tree = this->tree(inputs.query.rows());
     const detail::FarField<T> far = pool(work, tree, inputs);
     const detail::MultipoleWalk<T> walk(tree, inputs, far, heads_.dim, options_.causal);
@@ -238,7 +239,7 @@ class Multipole {
   }
 
   void attend_tiles(detail::Work& work, const detail::Hierarchy& tree, const detail::MultipoleWalk<T>& walk,
-                    const detail::PooledQueries<T>* pooled, const Inputs<T>& inputs, Tokens<T> out, T* log_sum_exp,
+                    const detail::PooledQueries<T>* pooled, const Inputs<T>& inputs, Tokens<T> out, double* log_sum_exp,
                     Index stride) const {
     const Index dim = heads_.dim;
     const detail::Tiles tiles(work, inputs, tree.rows_of_blocks(queries_a_tile));
@@ -268,8 +269,8 @@ class Multipole {
     });
   }
 
-  void backward_sequence(detail::Work& work, const Inputs<T>& inputs, Tokens<const T> grad_out, const T* log_sum_exp,
-                         const T* delta, Index stride, const InputGradients<T>& gradients,
+  void backward_sequence(detail::Work& work, const Inputs<T>& inputs, Tokens<const T> grad_out,
+                         const double* log_sum_exp, const T* delta, Index stride, const InputGradients<T>& gradients,
                          Parameters& grad_parameters) const {
     const detail::Hierarchy tree = this->tree(inputs.query.rows());
     const detail::FarField<T> far = pool(work, tree, inputs);

@@ -19,5 +19,6 @@
 #include <nearfar/additive.hpp>        // one global query, one global key
 #include <nearfar/multipole.hpp>       // near blocks one by one, far groups pooled
 
+#include <nearfar/merge.hpp>           // attention to some keys and attention to others made one
 #include <nearfar/any_attention.hpp>   // any of them, chosen by a line of text
 // clang-format on

@@ -55,10 +55,10 @@ class Nystrom {
     Matrix<T> landmark_query;
     Matrix<T> landmark_key;
     Matrix<T> landmark_out;
-    Matrix<T> landmark_log_sum_exp;
+    Matrix<double> landmark_log_sum_exp;
     Matrix<T> landmark_value;
     Matrix<double> inverse;
-    Matrix<T> log_sum_exp;
+    Matrix<double> log_sum_exp;
   };
 
   explicit Nystrom(const Heads& heads, const Options& options = {}) : heads_(heads), options_(options) {
@@ -81,9 +81,14 @@ class Nystrom {
     const Index rows = landmarks.count();
     const auto take = [&](Index cols) { return Tokens<T>(work.take<T>(rows * cols), rows, cols, cols); };
     const Index dims = heads_.query_cols(), value_dims = heads_.out_cols();
-    attend(
-        work, inputs, out, landmarks,
-        {take(dims), take(dims), take(value_dims), work.take<T>(heads_.query * rows), take(value_dims), {}, nullptr});
+    attend(work, inputs, out, landmarks,
+           {take(dims),
+            take(dims),
+            take(value_dims),
+            work.take<double>(heads_.query * rows),
+            take(value_dims),
+            {},
+            nullptr});
   }
 
   void forward(const Inputs<T>& inputs, Tokens<T> out, Saved& saved, Context& context = default_context()) const {
@@ -142,10 +147,10 @@ class Nystrom {
     Tokens<T> query;
     Tokens<T> key;
     Tokens<T> out;
-    T* out_log_sum_exp;
+    double* out_log_sum_exp;
     Tokens<T> value;
     Tokens<double> inverse;
-    T* log_sum_exp;
+    double* log_sum_exp;
   };
 
   using Double = Eigen::Map<Matrix<double>>;

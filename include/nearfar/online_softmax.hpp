@@ -19,6 +19,14 @@ inline constexpr T log2_e = T(1.4426950408889634074);
 template <class T>
 inline constexpr T ln_2 = T(0.69314718055994530942);
 
+/// The log-sum-exp of scores in units of log 2 that have this maximum and this sum of 2^(score - max), -infinity of
+/// none. Always a double: at a logit of 1e4 a float is off by up to 5e-4, and so would be every weight that the
+/// backward pass takes from it.
+template <class T>
+double natural_log_sum_exp(T max, T sum) {
+  return sum == T(0) ? -infinity<double> : ln_2<double> * double{max} + std::log(double{sum});
+}
+
 /// The softmax of a panel of queries over the keys met so far, one query a lane, as the triple of online softmax:
 ///
 ///   max_i = max_j s_ij      sum_i = sum_j 2^(s_ij - max_i)      value_i = sum_j 2^(s_ij - max_i) v_j
@@ -72,10 +80,10 @@ struct OnlineSoftmax {
   /// natural logarithm form beside. `factor` multiplies each feature, unless null. A query that saw no key gets zeros
   /// and -infinity. Uses up the triple.
   template <class Out>
-  void finish(Index count, Out* out, Index out_stride, Out* log_sum_exp, const T* factor = nullptr) {
+  void finish(Index count, Out* out, Index out_stride, double* log_sum_exp, const T* factor = nullptr) {
     for (Index i = 0; i < count; ++i) {
       if (log_sum_exp != nullptr) {
-        log_sum_exp[i] = sum[i] == T(0) ? -infinity<T> : Out(ln_2<T> * max[i] + std::log(sum[i]));
+        log_sum_exp[i] = natural_log_sum_exp(max[i], sum[i]);
       }
       sum[i] = sum[i] == T(0) ? T(0) : T(1) / sum[i];
     }

@@ -37,7 +37,7 @@ class FewQueries {
   /// Whether the inputs are of this kind.
   bool suits() const { return queries_ <= most; }
 
-  void attend(Work& work, Tokens<Scalar> out, Scalar* log_sum_exp) const {
+  void attend(Work& work, Tokens<Scalar> out, double* log_sum_exp) const {
     const Index sequences = sequence_count(inputs_);
     T* triples = work.take<T>(sequences * segments_ * queries_ * heads_.query * triple_size());
     work.for_each(sequences * segments_, [&](Index task, Scratch& scratch) {
@@ -150,7 +150,7 @@ class FewQueries {
     sum = Eigen::internal::predux(sums);
   }
 
-  void merge(const Sequence& rows, T* triples, Tokens<Scalar> out, Scalar* log_sum_exp) const {
+  void merge(const Sequence& rows, T* triples, Tokens<Scalar> out, double* log_sum_exp) const {
     const Index width = heads_.value_width();
     for (Index i = 0; i < rows.query_count; ++i) {
       for (Index h = 0; h < heads_.query; ++h) {
@@ -173,8 +173,7 @@ class FewQueries {
           row[c] = sum == T(0) ? Scalar(0) : Scalar(factor * (total[c] / sum));
         }
         if (log_sum_exp != nullptr) {
-          log_sum_exp[h * inputs_.query.rows() + rows.query_begin + i] =
-              sum == T(0) ? -infinity<Scalar> : Scalar(ln_2<T> * max + std::log(sum));
+          log_sum_exp[h * inputs_.query.rows() + rows.query_begin + i] = natural_log_sum_exp(max, sum);
         }
       }
     }

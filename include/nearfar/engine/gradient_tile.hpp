@@ -41,6 +41,7 @@ class GradientTile {
         query_rows_(scratch.take<T>(capacity * query_stride_)),
         grad_out_rows_(scratch.take<T>(capacity * grad_out_stride_)),
         shift_(scratch.take<T>(capacity)),
+        shift_rest_(scratch.take<T>(capacity)),
         delta_(scratch.take<T>(capacity)),
         weight_(scratch.take<T>(KeyTile<T>::capacity * capacity)),
         grad_score_(scratch.take<T>(KeyTile<T>::capacity * capacity)),
@@ -50,7 +51,7 @@ class GradientTile {
   /// Takes at most `capacity` queries, the first of them number `first` of its sequence, with their log-sum-exp and
   /// delta; their gradient is zero so far.
   template <class Storage>
-  void load(Tokens<const Storage> query, Tokens<const Storage> grad_out, Index first, const Storage* log_sum_exp,
+  void load(Tokens<const Storage> query, Tokens<const Storage> grad_out, Index first, const double* log_sum_exp,
             const T* delta, T scale) {
     first_ = first;
     count_ = query.rows();
@@ -62,8 +63,11 @@ class GradientTile {
     std::fill_n(grad_query_lanes_, panels() * width * dim_, T(0));
     for (Index i = 0; i < panels() * width; ++i) {
       // A query that saw nothing, or is not there, weighs every key with 2^(s - infinity) = 0.
-      const bool sees = i < count_ && log_sum_exp[i] != -infinity<Storage>;
-      shift_[i] = sees ? log2_e<T> * log_sum_exp[i] : infinity<T>;
+      const bool sees = i < count_ && log_sum_exp[i] != -infinity<double>;
+      const double shift = sees ? log2_e<double> * log_sum_exp[i] : infinity<double>;
+      shift_[i] = T(shift);
+      // What the shift loses as a T would be a relative error of all weights.
+      shift_rest_[i] = sees ? T(shift - double{shift_[i]}) : T(0);
       delta_[i] = sees ? delta[i] : T(0);
     }
   }
@@ -151,9 +155,11 @@ class GradientTile {
 
   void grad_scores(Index p, const KeyTile<T>& keys, Range range) {
     Packet<T> shift[vectors];
+    Packet<T> rest[vectors];
     Packet<T> delta[vectors];
     NEARFAR_UNROLL for (int v = 0; v < vectors; ++v) {
       shift[v] = ploadu<Packet<T>>(shift_ + p * width + v * lanes<T>);
+      rest[v] = ploadu<Packet<T>>(shift_rest_ + p * width + v * lanes<T>);
       delta[v] = ploadu<Packet<T>>(delta_ + p * width + v * lanes<T>);
     }
     multiply<vectors>(
@@ -161,7 +167,8 @@ class GradientTile {
         [&](Index, int) { return pset1<Packet<T>>(T(0)); },
         [&](Index j, int v, const Packet<T>& grad_weight) {
           const Index place = at(range.first + j, p) + v * lanes<T>;
-          const Packet<T> weight = exp2<T>(psub(ploadu<Packet<T>>(weight_ + place), shift[v]));
+          const Packet<T> score = ploadu<Packet<T>>(weight_ + place);
+          const Packet<T> weight = exp2<T>(psub(psub(score, shift[v]), rest[v]));
           pstoreu(weight_ + place, weight);
           pstoreu(grad_score_ + place, pmul(weight, psub(grad_weight, delta[v])));
         });
@@ -232,6 +239,7 @@ class GradientTile {
   T* query_rows_;
   T* grad_out_rows_;
   T* shift_;
+  T* shift_rest_;
   T* delta_;
   T* weight_;
   T* grad_score_;

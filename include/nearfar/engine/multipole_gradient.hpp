@@ -39,7 +39,7 @@ class MultipoleGradient {
 
   /// delta and log_sum_exp are those of the sequence's queries, head by head, `stride` apart.
   void backward(const MultipoleWalk<T>& walk, bool far, T scale, const Inputs<T>& inputs, Tokens<const T> grad_out,
-                const T* log_sum_exp, const T* delta, Index stride) {
+                const double* log_sum_exp, const T* delta, Index stride) {
     gradients_.query.matrix().setZero();
     gradients_.key.matrix().setZero();
     gradients_.value.matrix().setZero();

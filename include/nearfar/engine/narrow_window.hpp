@@ -38,7 +38,7 @@ class NarrowWindow {
            window_.left < most && window_.right < most && window_keys() <= most;
   }
 
-  void attend(Work& work, Tokens<Scalar> out, Scalar* log_sum_exp) const {
+  void attend(Work& work, Tokens<Scalar> out, double* log_sum_exp) const {
     const Tiles tiles(work, inputs_, (KeyTile<T>::capacity - window_keys() + 1) / queries_at_once * queries_at_once);
     work.for_each(tiles.count(), [&](Index task, Scratch& scratch) {
       const Tile tile = tiles[task];
@@ -108,7 +108,7 @@ class NarrowWindow {
 
   // Queries `first` to first + 3 of a tile.
   void attend(const Sequence& rows, const Tile& tile, Index first, Index head, const KeyTile<T>& keys, Lists& lists,
-              Tokens<Scalar> out, Scalar* log_sum_exp) const {
+              Tokens<Scalar> out, double* log_sum_exp) const {
     const Index queries = std::min(queries_at_once, tile.count - first);
     const Index row = rows.query_begin + tile.first + first;
     for (Index q = 0; q < queries_at_once; ++q) {
@@ -131,7 +131,7 @@ class NarrowWindow {
       inverse[q] = unseen ? T(0) : T(1) / sum[q];
       results[q] = q < queries ? out.row(row + q) + head * heads_.value_width() : nullptr;
       if (log_sum_exp == nullptr || q >= queries) continue;
-      log_sum_exp[head * inputs_.query.rows() + row + q] = unseen ? -infinity<T> : ln_2<T> * max[q] + std::log(sum[q]);
+      log_sum_exp[head * inputs_.query.rows() + row + q] = natural_log_sum_exp(max[q], sum[q]);
     }
     const Broadcast<T> weights{lists.weight, 1, queries_at_once};
     const auto write = [&](Index c, Index q, const Packet<T>& value) {

@@ -39,7 +39,7 @@ class PooledQueries {
         count_(work.take<T>(tree.rows())),
         query_(take_head_rows<T>(work, tree.rows(), heads.query, heads.dim)),
         result_(take_head_rows<T>(work, tree.rows(), heads.query, heads.dim)),
-        log_sum_exp_(work.take<T>(heads.query * tree.rows())) {
+        log_sum_exp_(work.take<double>(heads.query * tree.rows())) {
     count_tokens(tree, mask, count_);
     pool_average<T>(work, tree, head_rows(query, heads.query), mask, count_, query_);
   }
@@ -69,10 +69,10 @@ class PooledQueries {
 
   /// The gradients of `attend`: adds those of the pooled keys and values to `grad_far`, those of the tokens' queries to
   /// `grad_query`. log_sum_exp and delta are those of the tokens, head by head, `stride` apart.
-  void backward(const MultipoleWalk<T>& walk, Tokens<const T> grad_out, const T* log_sum_exp, const T* delta,
+  void backward(const MultipoleWalk<T>& walk, Tokens<const T> grad_out, const double* log_sum_exp, const T* delta,
                 Index stride, const FarField<T>& grad_far, Tokens<T> grad_query) const {
     const Sums sums{take_head_rows<T>(work_, tree_.rows(), heads_.query, heads_.dim),
-                    work_.take<T>(heads_.query * tree_.rows()), work_.take<T>(heads_.query * tree_.rows())};
+                    work_.take<double>(heads_.query * tree_.rows()), work_.take<T>(heads_.query * tree_.rows())};
     sum_upward(grad_out, log_sum_exp, delta, stride, sums);
 
     const HeadRows<T> grad_pooled = take_zero_head_rows<T>(work_, tree_.rows(), heads_.query, heads_.dim);
@@ -110,22 +110,22 @@ class PooledQueries {
   /// (G, R, delta) of the text above for each pooled query; R is -infinity where no token below sees a key.
   struct Sums {
     HeadRows<T> grad_out;
-    T* reference;
+    double* reference;
     T* delta;
   };
 
-  T* log_sum_exp(Index head, Index row) const { return log_sum_exp_ + head * tree_.rows() + row; }
+  double* log_sum_exp(Index head, Index row) const { return log_sum_exp_ + head * tree_.rows() + row; }
 
   void hand_down(Index from, Index head, Index children, QueryTile<T>& queries) const {
     const Index origin = tree_.level(from).first_row;
     queries.start_from(result_.row(head, origin), result_.row_stride, log_sum_exp(head, origin), children);
   }
 
-  void sum_upward(Tokens<const T> grad_out, const T* log_sum_exp, const T* delta, Index stride,
+  void sum_upward(Tokens<const T> grad_out, const double* log_sum_exp, const T* delta, Index stride,
                   const Sums& sums) const {
     const HeadRows<const T> tokens = head_rows(grad_out, heads_.query);
     for (Index row = 0; row < tree_.rows(); ++row) {
-      for (Index h = 0; h < heads_.query; ++h) sums.reference[h * tree_.rows() + row] = -infinity<T>;
+      for (Index h = 0; h < heads_.query; ++h) sums.reference[h * tree_.rows() + row] = -infinity<double>;
     }
     TreeWalk(tree_).upward(work_, [&](Index l, Range rows) {
       const Index origin = tree_.level(l).first_row;
@@ -145,20 +145,20 @@ class PooledQueries {
     });
   }
 
-  void sum_children(const HeadRows<const T>& grad_out, const T* reference, const T* delta, Range children, Index head,
-                    Index row, const Sums& sums) const {
-    T least = infinity<T>;
+  void sum_children(const HeadRows<const T>& grad_out, const double* reference, const T* delta, Range children,
+                    Index head, Index row, const Sums& sums) const {
+    double least = infinity<double>;
     for (Index i = children.first; i < children.end; ++i) {
-      if (reference[i] != -infinity<T>) least = std::min(least, reference[i]);
+      if (reference[i] != -infinity<double>) least = std::min(least, reference[i]);
     }
     const Index place = head * tree_.rows() + row;
-    sums.reference[place] = least == infinity<T> ? -infinity<T> : least;
+    sums.reference[place] = least == infinity<double> ? -infinity<double> : least;
     sums.delta[place] = T(0);
     auto sum = sums.grad_out.features(head, row);
     sum.setZero();
     for (Index i = children.first; i < children.end; ++i) {
-      if (reference[i] == -infinity<T>) continue;
-      const T factor = std::exp(least - reference[i]);
+      if (reference[i] == -infinity<double>) continue;
+      const T factor = static_cast<T>(std::exp(least - reference[i]));
       sums.delta[place] += factor * delta[i];
       sum += factor * grad_out.features(head, i);
     }
@@ -172,7 +172,7 @@ class PooledQueries {
   T* count_;
   HeadRows<T> query_;
   HeadRows<T> result_;
-  T* log_sum_exp_;
+  double* log_sum_exp_;
 };
 
 }  // namespace detail

@@ -67,15 +67,15 @@ class QueryTile {
 
   /// Starts each query where attention to other keys, already finished, has left it: query i where row i / children of
   /// `out` stands with its log-sum-exp.
-  void start_from(const T* out, Index stride, const T* log_sum_exp, Index children) {
+  void start_from(const T* out, Index stride, const double* log_sum_exp, Index children) {
     for (Index p = 0; p < panels(); ++p) {
       const Panel softmax = panel(p);
       const Index first = first_ + p * width;
       const Index last = first + in_panel(p) - 1;
       for (Index lane = 0; lane < width; ++lane) {
         const Index parent = std::min(first + lane, last) / children;
-        const bool empty = log_sum_exp[parent] == -infinity<T>;
-        softmax.max[lane] = empty ? -infinity<T> : log2_e<T> * log_sum_exp[parent];
+        const bool empty = log_sum_exp[parent] == -infinity<double>;
+        softmax.max[lane] = empty ? -infinity<T> : T(log2_e<double> * log_sum_exp[parent]);
         softmax.sum[lane] = empty ? T(0) : T(1);
       }
       for (Index lane = 0; lane < width; lane += lanes<T>) {
@@ -96,7 +96,7 @@ class QueryTile {
   /// Writes the result of each query to its row of out, times a factor a feature unless that is null, and its
   /// log-sum-exp beside where that is not null.
   template <class Storage>
-  void finish(Storage* out, Index stride, Storage* log_sum_exp, const T* factor = nullptr) {
+  void finish(Storage* out, Index stride, double* log_sum_exp, const T* factor = nullptr) {
     for (Index p = 0; p < panels(); ++p) {
       panel(p).finish(in_panel(p), out + p * width * stride, stride,
                       log_sum_exp == nullptr ? nullptr : log_sum_exp + p * width, factor);

@@ -58,9 +58,9 @@ class KeyPieces {
   }
 
   /// The same where queries stand in the columns.
-  template <class T>
-  Tokens<T> repeat_cols(Work& work, const Inputs<T>& inputs, Tokens<const T> cols) const {
-    const Tokens<T> repeated(work.take<T>(cols.rows() * queries()), cols.rows(), queries(), queries());
+  template <class T, class S>
+  Tokens<S> repeat_cols(Work& work, const Inputs<T>& inputs, Tokens<const S> cols) const {
+    const Tokens<S> repeated(work.take<S>(cols.rows() * queries()), cols.rows(), queries(), queries());
     for_each_piece(inputs, [&](const Sequence& s, Index first) {
       repeated.middle_cols(first, s.query_count).matrix() = cols.middle_cols(s.query_begin, s.query_count).matrix();
     });
@@ -99,7 +99,7 @@ class KeyPieces {
 ///   L_i = log sum_p exp(L_ip)      out_i = sum_p exp(L_ip - L_i) out_ip      over pieces p with log-sum-exp L_ip.
 template <class T>
 void split_key_attention(Work& work, const Heads& heads, double scale, const Inputs<T>& inputs, Tokens<T> out,
-                         T* log_sum_exp) {
+                         double* log_sum_exp) {
   const KeyPieces pieces(work, inputs);
   if (pieces.count() == sequence_count(inputs)) {
     window_attention(work, heads, Window{}, scale, inputs, out, log_sum_exp);
@@ -107,7 +107,7 @@ void split_key_attention(Work& work, const Heads& heads, double scale, const Inp
   }
   const Index rows = pieces.queries();
   const Tokens<T> partial(work.take<T>(rows * heads.out_cols()), rows, heads.out_cols(), heads.out_cols());
-  T* partial_log_sum_exp = work.take<T>(heads.query * rows);
+  double* partial_log_sum_exp = work.take<double>(heads.query * rows);
   const Tokens<const T> query = pieces.repeat_rows(work, inputs, inputs.query);
   const Inputs<T> packed{
       query, inputs.key, inputs.value, inputs.key_mask, pieces.query_offsets(), pieces.key_offsets()};
@@ -121,19 +121,19 @@ void split_key_attention(Work& work, const Heads& heads, double scale, const Inp
     for (Index i = 0; i < s.query_count; ++i) {
       const auto piece = [&](Index p) { return pieces.query_begin(p) + i; };
       const auto piece_log_sum_exp = [&](Index p) { return partial_log_sum_exp[head * rows + piece(p)]; };
-      T largest = -infinity<T>;
+      double largest = -infinity<double>;
       for (Index p = pieces.of(b).first; p < pieces.of(b).end; ++p) largest = std::max(largest, piece_log_sum_exp(p));
-      const T shift = largest == -infinity<T> ? T(0) : largest;
+      const double shift = largest == -infinity<double> ? 0.0 : largest;
       T sum = 0;
       auto merged = out.middle_cols(head * dim, dim).matrix().row(s.query_begin + i);
       merged.setZero();
       for (Index p = pieces.of(b).first; p < pieces.of(b).end; ++p) {
-        const T weight = std::exp(piece_log_sum_exp(p) - shift);
+        const T weight = static_cast<T>(std::exp(piece_log_sum_exp(p) - shift));
         sum += weight;
         merged += weight * partial.middle_cols(head * dim, dim).matrix().row(piece(p));
       }
       if (sum > T(0)) merged /= sum;
-      log_sum_exp[head * inputs.query.rows() + s.query_begin + i] = shift + std::log(sum);
+      log_sum_exp[head * inputs.query.rows() + s.query_begin + i] = shift + std::log(static_cast<double>(sum));
     }
   });
 }
@@ -142,7 +142,7 @@ void split_key_attention(Work& work, const Heads& heads, double scale, const Inp
 /// log-sum-exp over all pieces, and the gradients of the queries are summed over the pieces.
 template <class T>
 void split_key_gradient(Work& work, const Heads& heads, double scale, const Inputs<T>& inputs, Tokens<const T> out,
-                        const T* log_sum_exp, Tokens<const T> grad_out, const InputGradients<T>& gradients) {
+                        const double* log_sum_exp, Tokens<const T> grad_out, const InputGradients<T>& gradients) {
   const Index queries = inputs.query.rows();
   const KeyPieces pieces(work, inputs);
   T* delta = work.take<T>(heads.query * queries);
@@ -151,8 +151,8 @@ void split_key_gradient(Work& work, const Heads& heads, double scale, const Inpu
     window_gradient(work, heads, Window{}, scale, inputs, log_sum_exp, grad_out, delta, gradients);
     return;
   }
-  const auto repeat = [&](const T* of_queries) {
-    return pieces.repeat_cols(work, inputs, Tokens<const T>(of_queries, heads.query, queries, queries)).data();
+  const auto repeat = [&]<class S>(const S* of_queries) {
+    return pieces.repeat_cols(work, inputs, Tokens<const S>(of_queries, heads.query, queries, queries)).data();
   };
   const Index rows = pieces.queries();
   const Tokens<T> partial(work.take<T>(rows * heads.query_cols()), rows, heads.query_cols(), heads.query_cols());

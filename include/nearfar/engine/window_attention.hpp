@@ -17,7 +17,7 @@ namespace detail {
 /// KeyTile::capacity at a time. Work n_q * (keys seen) * (dim + value_dim) a head, memory a tile a thread.
 template <class Scalar>
 void window_attention_in_tiles(Work& work, const Heads& heads, Window window, double scale,
-                               const Inputs<Scalar>& inputs, Tokens<Scalar> out, Scalar* log_sum_exp,
+                               const Inputs<Scalar>& inputs, Tokens<Scalar> out, double* log_sum_exp,
                                Tokens<const Accumulator<Scalar>> factors) {
   using T = Accumulator<Scalar>;
   const Index dim = heads.dim;
@@ -78,7 +78,7 @@ void window_attention_in_tiles(Work& work, const Heads& heads, Window window, do
 /// As above, by the way that suits the number of queries and the window.
 template <class Scalar>
 void window_attention(Work& work, const Heads& heads, Window window, double scale, const Inputs<Scalar>& inputs,
-                      Tokens<Scalar> out, Scalar* log_sum_exp, Tokens<const Accumulator<Scalar>> factors = {}) {
+                      Tokens<Scalar> out, double* log_sum_exp, Tokens<const Accumulator<Scalar>> factors = {}) {
   const FewQueries<Scalar> few(heads, window, scale, inputs, factors);
   if (few.suits()) return few.attend(work, out, log_sum_exp);
   const NarrowWindow<Scalar> narrow(heads, window, scale, inputs, factors);

@@ -35,7 +35,7 @@ void softmax_delta(Work& work, const Heads& heads, Tokens<const Scalar> out, Tok
 /// alone. Work 2.5 times the forward pass.
 template <class Scalar>
 void window_gradient(Work& work, const Heads& heads, Window window, double scale, const Inputs<Scalar>& inputs,
-                     const Scalar* log_sum_exp, Tokens<const Scalar> grad_out, const Accumulator<Scalar>* delta,
+                     const double* log_sum_exp, Tokens<const Scalar> grad_out, const Accumulator<Scalar>* delta,
                      const InputGradients<Scalar>& gradients) {
   using T = Accumulator<Scalar>;
   constexpr Index capacity = GradientTile<T>::capacity;

@@ -20,7 +20,7 @@ class WindowMechanism {
 
   /// log_sum_exp: heads.query x n_q, of the scaled scores that a query sees.
   struct Saved {
-    Matrix<T> log_sum_exp;
+    Matrix<double> log_sum_exp;
   };
 
   const Heads& heads() const { return heads_; }
@@ -41,13 +41,15 @@ class WindowMechanism {
 
   void backward(const Inputs<T>& inputs, Tokens<const T> out, const Saved& saved, Tokens<const T> grad_out,
                 const InputGradients<T>& grad_inputs, Parameters&, Context& context = default_context()) const {
-    check_inputs<T>(name_, heads_, inputs, out, Lengths::any);
-    check_gradients<T>(name_, heads_, inputs, grad_out, grad_inputs);
-    check_saved(name_, "log_sum_exp", saved.log_sum_exp, heads_.query, inputs.query.rows());
-    Work work(context);
-    auto* delta = work.take<Accumulator<T>>(heads_.query * inputs.query.rows());
-    softmax_delta(work, heads_, out, grad_out, delta);
-    window_gradient(work, heads_, window_, scale(), inputs, saved.log_sum_exp.data(), grad_out, delta, grad_inputs);
+    differentiate(inputs, out, saved, grad_out, {}, grad_inputs, context);
+  }
+
+  /// The same where the loss depends on saved.log_sum_exp too, as after `merge`: with its gradient, heads.query x n_q.
+  void backward(const Inputs<T>& inputs, Tokens<const T> out, const Saved& saved, Tokens<const T> grad_out,
+                Tokens<const double> grad_log_sum_exp, const InputGradients<T>& grad_inputs, Parameters&,
+                Context& context = default_context()) const {
+    check_shape(name_, "grad_log_sum_exp", grad_log_sum_exp, heads_.query, inputs.query.rows(), "the heads", "queries");
+    differentiate(inputs, out, saved, grad_out, grad_log_sum_exp, grad_inputs, context);
   }
 
  protected:
@@ -59,9 +61,26 @@ class WindowMechanism {
   }
 
  private:
+  void differentiate(const Inputs<T>& inputs, Tokens<const T> out, const Saved& saved, Tokens<const T> grad_out,
+                     Tokens<const double> grad_log_sum_exp, const InputGradients<T>& grad_inputs,
+                     Context& context) const {
+    check_inputs<T>(name_, heads_, inputs, out, Lengths::any);
+    check_gradients<T>(name_, heads_, inputs, grad_out, grad_inputs);
+    check_saved(name_, "log_sum_exp", saved.log_sum_exp, heads_.query, inputs.query.rows());
+    Work work(context);
+    const Index queries = inputs.query.rows();
+    auto* delta = work.take<Accumulator<T>>(heads_.query * queries);
+    softmax_delta(work, heads_, out, grad_out, delta);
+    // The log-sum-exp grows with score s_ij by the weight p_ij.
+    for (Index h = 0; h < grad_log_sum_exp.rows(); ++h) {
+      for (Index i = 0; i < queries; ++i) delta[h * queries + i] -= Accumulator<T>(grad_log_sum_exp(h, i));
+    }
+    window_gradient(work, heads_, window_, scale(), inputs, saved.log_sum_exp.data(), grad_out, delta, grad_inputs);
+  }
+
   double scale() const { return scale_or_default(options_.scale, heads_); }
 
-  void attend(const Inputs<T>& inputs, Tokens<T> out, T* log_sum_exp, Context& context) const {
+  void attend(const Inputs<T>& inputs, Tokens<T> out, double* log_sum_exp, Context& context) const {
     Work work(context);
     window_attention(work, heads_, window_, scale(), inputs, out, log_sum_exp);
   }
