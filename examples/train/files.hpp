@@ -22,7 +22,8 @@ inline std::uint64_t checksum(std::string_view bytes) {
 
 inline std::string read_file(const std::filesystem::path& path) {
   std::error_code error;
-  std::string bytes(std::filesystem::file_size(path, error), '\0');
+  const std::uintmax_t size = std::filesystem::file_size(path, error);
+  std::string bytes(error ? 0 : size, '\0');
   std::ifstream file(path, std::ios::binary);
   file.read(bytes.data(), static_cast<std::streamsize>(bytes.size()));
   if (error || !file) throw std::runtime_error("cannot read the file " + path.string() + ".");

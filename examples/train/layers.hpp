@@ -4,7 +4,7 @@
 //
 // A layer's forward(x) returns y, in memory of its own, and may keep the view x: x must stay as it is until backward.
 // backward(grad_y) adds to the gradients of the parameters, so that a batch may be split, and returns grad_x.
-// for_each(name, visit) calls visit(name, value, gradient) for each of the parameters.
+// for_each(prefix, visit) calls visit(prefix + name, value, gradient) for each of the parameters.
 
 #include "random.hpp"
 
@@ -80,9 +80,9 @@ class Dense {
   }
 
   template <class Visit>
-  void for_each(const std::string& name, Visit&& visit) {
-    visit(name + ".weight", weight_.value, weight_.gradient);
-    visit(name + ".bias", bias_.value, bias_.gradient);
+  void for_each(const std::string& prefix, Visit&& visit) {
+    visit(prefix + "weight", weight_.value, weight_.gradient);
+    visit(prefix + "bias", bias_.value, bias_.gradient);
   }
 
  private:
@@ -117,9 +117,9 @@ class Embedding {
   }
 
   template <class Visit>
-  void for_each(const std::string& name, Visit&& visit) {
-    visit(name + ".token", token_.value, token_.gradient);
-    visit(name + ".position", position_.value, position_.gradient);
+  void for_each(const std::string& prefix, Visit&& visit) {
+    visit(prefix + "token", token_.value, token_.gradient);
+    visit(prefix + "position", position_.value, position_.gradient);
   }
 
  private:
@@ -185,9 +185,9 @@ class LayerNorm {
   }
 
   template <class Visit>
-  void for_each(const std::string& name, Visit&& visit) {
-    visit(name + ".gain", gain_.value, gain_.gradient);
-    visit(name + ".bias", bias_.value, bias_.gradient);
+  void for_each(const std::string& prefix, Visit&& visit) {
+    visit(prefix + "gain", gain_.value, gain_.gradient);
+    visit(prefix + "bias", bias_.value, bias_.gradient);
   }
 
  private:

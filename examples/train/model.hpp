@@ -6,7 +6,8 @@
 
 #include <nearfar/attention.hpp>
 
-#include <memory>
+#include <optional>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -39,7 +40,8 @@ class AttentionLayer {
     grad_attention_.for_each([](const std::string&, Matrix<T>& gradient) { gradient.setZero(); });
   }
 
-  Tokens<const T> forward(Tokens<const T> x, std::span<const Index> offsets, nearfar::Context& context) {
+  Tokens<const T> forward(Tokens<const T> x, std::span<const Index> offsets,
+                          nearfar::Context& context = nearfar::default_context()) {
     const Tokens<const T> projected = projection_.forward(x);
     inputs_ = {.query = query(projected), .key = key(projected), .value = value(projected), .query_offsets = offsets};
     const Tokens<T> attended = attended_.rows(x.rows());
@@ -47,7 +49,7 @@ class AttentionLayer {
     return output_.forward(attended);
   }
 
-  Tokens<T> backward(Tokens<const T> grad_y, nearfar::Context& context) {
+  Tokens<T> backward(Tokens<const T> grad_y, nearfar::Context& context = nearfar::default_context()) {
     const Tokens<T> grad_attended = output_.backward(grad_y);
     const Tokens<T> grad = grad_projected_.rows(grad_y.rows());
     attention_.backward(inputs_, attended_.rows(grad_y.rows()), saved_, grad_attended,
@@ -56,15 +58,15 @@ class AttentionLayer {
   }
 
   template <class Visit>
-  void for_each(const std::string& name, Visit&& visit) {
-    projection_.for_each(name + ".projection", visit);
+  void for_each(const std::string& prefix, Visit&& visit) {
+    projection_.for_each(prefix + "projection.", visit);
     std::vector<Matrix<T>*> gradients;
     grad_attention_.for_each([&](const std::string&, Matrix<T>& gradient) { gradients.push_back(&gradient); });
     auto gradient = gradients.begin();
     auto&& parameters = attention_.parameters();
     parameters.for_each(
-        [&](const std::string& parameter, Matrix<T>& value) { visit(name + "." + parameter, value, **gradient++); });
-    output_.for_each(name + ".output", visit);
+        [&](const std::string& parameter, Matrix<T>& value) { visit(prefix + parameter, value, **gradient++); });
+    output_.for_each(prefix + "output.", visit);
   }
 
  private:
@@ -107,9 +109,9 @@ class FeedForward {
   }
 
   template <class Visit>
-  void for_each(const std::string& name, Visit&& visit) {
-    in_.for_each(name + ".in", visit);
-    out_.for_each(name + ".out", visit);
+  void for_each(const std::string& prefix, Visit&& visit) {
+    in_.for_each(prefix + "in.", visit);
+    out_.for_each(prefix + "out.", visit);
   }
 
  private:
@@ -141,14 +143,14 @@ class Block {
         grad_x_(width) {}
 
   Tokens<const T> forward(Tokens<const T> x, std::span<const Index> offsets, Random* random,
-                          nearfar::Context& context) {
+                          nearfar::Context& context = nearfar::default_context()) {
     const Tokens<T> between = between_.rows(x.rows()), y = y_.rows(x.rows());
     add(x, dropout_1_.forward(attention_.forward(norm_1_.forward(x), offsets, context), random), between);
     add(between, dropout_2_.forward(feed_forward_.forward(norm_2_.forward(between), random), random), y);
     return y;
   }
 
-  Tokens<T> backward(Tokens<const T> grad_y, nearfar::Context& context) {
+  Tokens<T> backward(Tokens<const T> grad_y, nearfar::Context& context = nearfar::default_context()) {
     const Tokens<T> grad_between = grad_between_.rows(grad_y.rows()), grad_x = grad_x_.rows(grad_y.rows());
     add(grad_y, norm_2_.backward(feed_forward_.backward(dropout_2_.backward(grad_y))), grad_between);
     add(grad_between, norm_1_.backward(attention_.backward(dropout_1_.backward(grad_between), context)), grad_x);
@@ -156,11 +158,11 @@ class Block {
   }
 
   template <class Visit>
-  void for_each(const std::string& name, Visit&& visit) {
-    norm_1_.for_each(name + ".norm_1", visit);
-    attention_.for_each(name + ".attention", visit);
-    norm_2_.for_each(name + ".norm_2", visit);
-    feed_forward_.for_each(name + ".feed_forward", visit);
+  void for_each(const std::string& prefix, Visit&& visit) {
+    norm_1_.for_each(prefix + "norm_1.", visit);
+    attention_.for_each(prefix + "attention.", visit);
+    norm_2_.for_each(prefix + "norm_2.", visit);
+    feed_forward_.for_each(prefix + "feed_forward.", visit);
   }
 
  private:
@@ -171,6 +173,37 @@ class Block {
   LayerNorm<T> norm_1_, norm_2_;
   Dropout<T> dropout_1_, dropout_2_;
   Buffer<T> between_, y_, grad_between_, grad_x_;
+};
+
+/// From tokens to logits: a dense layer for every token, or a feed-forward network for the mean of every sequence.
+template <class T>
+class Head {
+ public:
+  Head(Index width, Index hidden, Index classes, bool pool, Random& random) : pooling_(width) {
+    if (pool) {
+      of_sequence_.emplace(width, hidden, classes, 0, random);
+    } else {
+      of_token_.emplace(width, classes, random);
+    }
+  }
+
+  Tokens<const T> forward(Tokens<const T> x, std::span<const Index> offsets) {
+    return of_token_ ? of_token_->forward(x) : of_sequence_->forward(pooling_.forward(x, offsets), nullptr);
+  }
+
+  Tokens<T> backward(Tokens<const T> grad_y) {
+    return of_token_ ? of_token_->backward(grad_y) : pooling_.backward(of_sequence_->backward(grad_y));
+  }
+
+  template <class Visit>
+  void for_each(const std::string& prefix, Visit&& visit) {
+    of_token_ ? of_token_->for_each(prefix, visit) : of_sequence_->for_each(prefix, visit);
+  }
+
+ private:
+  MeanPooling<T> pooling_;
+  std::optional<Dense<T>> of_token_;
+  std::optional<FeedForward<T>> of_sequence_;
 };
 
 struct ModelOptions {
@@ -193,12 +226,10 @@ class Model {
 
   /// Every block gets a copy of `attention`, with parameters of its own.
   Model(const ModelOptions& options, const Attention& attention, Random random)
-      : pool_(options.pool),
-        embedding_(options.vocabulary, options.max_length, options.width, random),
+      : embedding_(options.vocabulary, options.max_length, options.width, random),
         dropout_(options.width, options.dropout),
         norm_(options.width),
-        pooling_(options.width),
-        head_(options.width, options.feed_forward, options.classes, 0, random) {
+        head_(options.width, options.feed_forward, options.classes, options.pool, random) {
     blocks_.reserve(static_cast<std::size_t>(options.layers));
     for (Index i = 0; i < options.layers; ++i) {
       blocks_.emplace_back(options.width, attention, options.feed_forward, options.dropout, random);
@@ -211,37 +242,34 @@ class Model {
 
   /// What dropout drops is drawn from `random`; without one nothing is dropped. `batch` must stay as it is until
   /// backward.
-  Tokens<const T> forward(const Batch& batch, Random* random, nearfar::Context& context) {
+  Tokens<const T> forward(const Batch& batch, Random* random, nearfar::Context& context = nearfar::default_context()) {
     Tokens<const T> x = dropout_.forward(embedding_.forward(batch.tokens, batch.offsets), random);
     for (Block<Attention>& block : blocks_) x = block.forward(x, batch.offsets, random, context);
-    x = norm_.forward(x);
-    return head_.forward(pool_ ? pooling_.forward(x, batch.offsets) : x, nullptr);
+    return head_.forward(norm_.forward(x), batch.offsets);
   }
 
-  void backward(Tokens<const T> grad_logits, nearfar::Context& context) {
-    Tokens<const T> grad = head_.backward(grad_logits);
-    grad = norm_.backward(pool_ ? pooling_.backward(grad) : grad);
+  void backward(Tokens<const T> grad_logits, nearfar::Context& context = nearfar::default_context()) {
+    Tokens<const T> grad = norm_.backward(head_.backward(grad_logits));
     for (auto block = blocks_.rbegin(); block != blocks_.rend(); ++block) grad = block->backward(grad, context);
     embedding_.backward(dropout_.backward(grad));
   }
 
-  /// Calls visit(name, value, gradient) for every parameter, always in the same order.
   template <class Visit>
-  void for_each(Visit&& visit) {
-    embedding_.for_each("embedding", visit);
-    for (std::size_t i = 0; i < blocks_.size(); ++i) blocks_[i].for_each("block_" + std::to_string(i), visit);
-    norm_.for_each("norm", visit);
-    head_.for_each("head", visit);
+  void for_each(const std::string& prefix, Visit&& visit) {
+    embedding_.for_each(prefix + "embedding.", visit);
+    for (std::size_t i = 0; i < blocks_.size(); ++i) {
+      blocks_[i].for_each(prefix + "block_" + std::to_string(i) + ".", visit);
+    }
+    norm_.for_each(prefix + "norm.", visit);
+    head_.for_each(prefix + "head.", visit);
   }
 
  private:
-  bool pool_;
   Embedding<T> embedding_;
   Dropout<T> dropout_;
   std::vector<Block<Attention>> blocks_;
   LayerNorm<T> norm_;
-  MeanPooling<T> pooling_;
-  FeedForward<T> head_;
+  Head<T> head_;
 };
 
 }  // namespace train

@@ -18,12 +18,13 @@ struct Variable {
   std::span<T> gradient;
 };
 
-/// The parameters of a model, or of any layer whose for_each(visit) calls visit(name, value, gradient).
-template <class Model>
-std::vector<Variable<typename Model::T>> variables_of(Model& model) {
-  using T = typename Model::T;
+/// The parameters of a layer, of a model: of anything with for_each, which must stay where it is as long as they are
+/// used.
+template <class Layer>
+std::vector<Variable<typename Layer::T>> variables_of(Layer& layer) {
+  using T = typename Layer::T;
   std::vector<Variable<T>> variables;
-  model.for_each([&](const std::string& name, Matrix<T>& value, Matrix<T>& gradient) {
+  layer.for_each("", [&](const std::string& name, Matrix<T>& value, Matrix<T>& gradient) {
     const auto size = static_cast<std::size_t>(value.size());
     variables.push_back({name, {value.data(), size}, {gradient.data(), size}});
   });

@@ -5,7 +5,9 @@
 //
 //   train copy --attention fmm:left=19,right=0,maps=elu+tanh,causal --length 256 --out runs/copy-fmm
 
+#include "bytes.hpp"
 #include "copy.hpp"
+#include "fashion.hpp"
 #include "listops.hpp"
 #include "trainer.hpp"
 
@@ -132,6 +134,8 @@ struct Command {
 
   std::unique_ptr<Task> make_task() const {
     if (task == "copy") return std::make_unique<CopyTask>(setting);
+    if (task == "bytes") return std::make_unique<BytesTask>(setting, files);
+    if (task == "fashion") return std::make_unique<FashionTask>(setting);
     return std::make_unique<ListOpsTask>(setting, data);
   }
 
@@ -171,6 +175,8 @@ struct Command {
   Setting default_setting() const {
     if (task == "copy") return CopyTask::setting();
     if (task == "listops") return ListOpsTask::setting();
+    if (task == "bytes") return BytesTask::setting();
+    if (task == "fashion") return FashionTask::setting();
     refuse("unknown task " + task + ", known are copy, listops, bytes, fashion.");
   }
 
