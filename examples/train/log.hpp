@@ -26,7 +26,7 @@ struct Progress {
   Index step = 0;
   double seconds = 0;
   double cpu_seconds = 0;
-  double tokens = 0;
+  Index tokens = 0;
   double peak_mib = 0;  ///< the most memory that the process ever held, data included
   Loss since_row;       ///< the losses of training that no row of the log holds yet
 
@@ -113,7 +113,7 @@ class Log {
         progress.seconds / static_cast<double>(progress.step) * static_cast<double>(steps_ - progress.step);
     std::printf("\r%td/%td  %-10.*s  loss %.4f  %s %.2f  %.0f tokens/s  %.0f min left  ", progress.step, steps_,
                 static_cast<int>(part.size()), part.data(), mean(loss), task_.score_name().c_str(), task_.score(loss),
-                progress.tokens / progress.seconds, std::ceil(left / 60));
+                static_cast<double>(progress.tokens) / progress.seconds, std::ceil(left / 60));
   }
 
   void write(const std::string& rows) {

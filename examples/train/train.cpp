@@ -99,11 +99,17 @@ fs::path default_data() {
   return fs::temp_directory_path() / "nearfar";
 }
 
+/// The mechanism's parameters whose name begins with `name` start at `value`.
+struct Start {
+  std::string name;
+  float value;
+};
+
 struct Command {
   std::string task;
   std::vector<std::string> files;
   std::string attention;
-  std::vector<std::pair<std::string, float>> start;
+  std::vector<Start> starts;
   fs::path out, data = default_data();
   bool resume = false;
   int threads = 0;
@@ -147,14 +153,14 @@ struct Command {
       return false;
     });
     if (of.causal() && !causal) refuse(task + " needs causal attention, but " + made.line() + " is not.");
-    for (const auto& [name, value] : start) {
+    for (const Start& start : starts) {
       bool known = false;
       made.parameters().for_each([&](const std::string& parameter, auto& matrix) {
-        if (!parameter.starts_with(name)) return;
-        matrix.setConstant(value);
+        if (!parameter.starts_with(start.name)) return;
+        matrix.setConstant(start.value);
         known = true;
       });
-      if (!known) refuse("--start: " + made.line() + " has no parameter whose name begins with " + name + ".");
+      if (!known) refuse("--start: " + made.line() + " has no parameter whose name begins with " + start.name + ".");
     }
     return made;
   }
@@ -164,7 +170,7 @@ struct Command {
     std::string words = task;
     for (const std::string& file : files) words += ' ' + file;
     words += " --attention " + attention;
-    for (const auto& [name, value] : start) words += " --start " + name + '=' + text_of(value);
+    for (const Start& start : starts) words += " --start " + start.name + '=' + text_of(start.value);
     for_each_number(setting, [&](std::string_view option, auto number) {
       words += ' ' + std::string(option) + ' ' + text_of(number);
     });
@@ -184,8 +190,9 @@ struct Command {
     if (option == "--attention") {
       attention = value;
     } else if (option == "--start") {
-      const std::size_t equals = std::min(value.find('='), value.size() - 1);
-      start.emplace_back(value.substr(0, equals), number_from<float>(option, value.substr(equals + 1)));
+      const std::size_t equals = value.find('=');
+      if (equals == std::string::npos) refuse("--start must be NAME=X, but is \"" + value + "\".");
+      starts.push_back({value.substr(0, equals), number_from<float>(option, value.substr(equals + 1))});
     } else if (option == "--out") {
       out = value;
     } else if (option == "--data") {

@@ -8,6 +8,7 @@
 #include "optimizer.hpp"
 #include "task.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <csignal>
 #include <filesystem>
@@ -68,12 +69,12 @@ class Trainer {
       loss += cross_entropy<T>(logits, piece.targets, T(1) / static_cast<T>(targets), grad);
       model_.backward(grad, context_);
     }
-    if (!std::isfinite(loss.cross_entropy)) {
-      throw std::runtime_error("the loss is not finite at step " + std::to_string(step) + ".");
+    const double norm = adam_.step(step);
+    if (!std::isfinite(loss.cross_entropy) || !std::isfinite(norm)) {
+      throw std::runtime_error("the loss or its gradient is not finite at step " + std::to_string(step) + ".");
     }
-    adam_.step(step);
     progress_.step += 1;
-    progress_.tokens += static_cast<double>(batch.tokens.size());
+    progress_.tokens += static_cast<Index>(batch.tokens.size());
     return loss;
   }
 
