@@ -2,6 +2,7 @@
 
 #include <nearfar/detail/simd.hpp>
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 
@@ -21,6 +22,16 @@ class Lookahead {
     region_[static_cast<std::size_t>(regions_++)] = {reinterpret_cast<const char*>(data), stride * Index{sizeof(T)},
                                                      rows, cols * Index{sizeof(T)}};
     if (rows_ == 0) open(regions_ - 1);
+  }
+
+  /// How many steps to take at a time, so that so many times fetch everything.
+  Index steps_at_a_time(Index times) const {
+    Index lines = 0;
+    for (int r = 0; r < regions_; ++r) {
+      const Region& region = region_[static_cast<std::size_t>(r)];
+      lines += region.rows * round_up(region.bytes, 2 * line) / line;
+    }
+    return lines / (2 * std::max<Index>(times, 1)) + 1;
   }
 
   NEARFAR_INLINE void step() {

@@ -71,6 +71,17 @@ NEARFAR_INLINE void prefetch_far(const void* address) {
 #endif
 }
 
+/// Loads a vector once, for several uses: left to itself the compiler may read memory again for each of them, and a
+/// load costs as much as a multiply-add.
+template <class P, class T>
+NEARFAR_INLINE P load_once(const T* from) {
+  P packet = ploadu<P>(from);
+#if defined(__GNUC__) && EIGEN_ARCH_i386_OR_x86_64
+  if constexpr (sizeof(P) >= 16) __asm__("" : "+v"(packet));
+#endif
+  return packet;
+}
+
 /// What a loop body works on: vectors, or numbers one by one. The packet functions take either.
 struct ByVectors {
   template <class T>
@@ -143,6 +154,33 @@ NEARFAR_INLINE P sum_lanes(P* packets) {
   if constexpr (width > 1) ptranspose(block);
   return std::accumulate(block.packet + 1, block.packet + width, block.packet[0], padd<P>);
 #endif
+}
+
+/// Lane i of the result is lane i + Shift of a, the lanes taken as a ring.
+template <int Shift, class P, std::size_t... Lane>
+NEARFAR_INLINE P rotate(const P& a, std::index_sequence<Lane...>) {
+  constexpr int width = sizeof...(Lane);
+#if defined(__GNUC__)
+  typedef typename Eigen::internal::unpacket_traits<P>::type Lanes __attribute__((vector_size(sizeof(P))));
+  const auto x = std::bit_cast<Lanes>(a);
+  return std::bit_cast<P>(__builtin_shufflevector(x, x, (int{Lane} + Shift) % width...));
+#else
+  typename Eigen::internal::unpacket_traits<P>::type ring[2 * width];
+  pstoreu(ring, a);
+  pstoreu(ring + width, a);
+  return ploadu<P>(ring + Shift);
+#endif
+}
+
+/// In every lane, op over the lanes whose number is the same modulo `Period`.
+template <int Period, class P, class Op>
+NEARFAR_INLINE P fold_across(P a, Op&& op) {
+  constexpr int width = Eigen::internal::unpacket_traits<P>::size;
+  if constexpr (Period >= width) {
+    return a;
+  } else {
+    return fold_across<2 * Period>(op(a, rotate<Period>(a, std::make_index_sequence<width>{})), op);
+  }
 }
 
 /// to(c, r) = factor * from(r, c) for a rows x cols matrix.

@@ -59,7 +59,7 @@ NEARFAR_INLINE void multiply_add(Packet<T> (&c)[Rows][Vectors], Broadcast<T> a, 
   for (Index k = 0; k < depth; ++k, column += a.depth_stride, b += b_stride) {
     besides(k);
     Packet<T> vectors[Vectors];
-    NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) vectors[v] = ploadu<Packet<T>>(b + v * lanes<T>);
+    NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) vectors[v] = load_once<Packet<T>>(b + v * lanes<T>);
     NEARFAR_UNROLL for (int r = 0; r < Rows; ++r) {
       const Packet<T> number = pset1<Packet<T>>(column[r * a.row_stride]);
       NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) c[r][v] = pmadd(number, vectors[v], c[r][v]);

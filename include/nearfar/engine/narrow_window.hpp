@@ -2,12 +2,12 @@
 
 #include <nearfar/detail/lookahead.hpp>
 #include <nearfar/detail/tiles.hpp>
-#include <nearfar/engine/key_tile.hpp>
 #include <nearfar/engine/microkernel.hpp>
 #include <nearfar/online_softmax.hpp>
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
@@ -17,9 +17,11 @@ namespace detail {
 ///
 /// A panel of queries on the vector lanes visits what any of its queries sees: with a window no wider than the panel
 /// most of that is masked away. Here four queries at a time meet their keys, features on the lanes: scores as products
-/// of rows, sixteen of which are summed across lanes by one transposition, all kept as [key][query]; then their
-/// softmax, in one pass, since they all fit; then values by the register microkernel. Heads are innermost, so that the
-/// rows of the next one are fetched while this one computes.
+/// of rows, summed across lanes sixteen at a time, all kept as [key][query]; then their softmax, in one pass, since
+/// they all fit; then values by the register microkernel.
+///
+/// There is so little work for each row that memory decides: a tile's keys are copied whole rows at a time, in the
+/// order in which they lie, and while it is at work the rows of the next tile are fetched.
 template <class Scalar>
 class NarrowWindow {
  public:
@@ -34,173 +36,217 @@ class NarrowWindow {
 
   /// Whether the window is narrow, and heads are whole vectors.
   bool suits() const {
-    return lanes<T> % queries_at_once == 0 && heads_.dim % lanes<T> == 0 && heads_.value_width() % lanes<T> == 0 &&
-           window_.left < most && window_.right < most && window_keys() <= most;
+    return std::is_same_v<Scalar, T> && lanes<T> % queries_at_once == 0 && heads_.dim % lanes<T> == 0 &&
+           heads_.value_width() % lanes<T> == 0 && window_.left < most && window_.right < most &&
+           window_.left + window_.right < most;
   }
 
   void attend(Work& work, Tokens<Scalar> out, double* log_sum_exp) const {
-    const Tiles tiles(work, inputs_, (KeyTile<T>::capacity - window_keys() + 1) / queries_at_once * queries_at_once);
+    const Tiles tiles(work, inputs_, queries_a_tile);
     work.for_each(tiles.count(), [&](Index task, Scratch& scratch) {
       const Tile tile = tiles[task];
       const Sequence rows = sequence(inputs_, tile.sequence);
-      KeyTile<T> keys(scratch, heads_.dim, heads_.value_width());
-      constexpr Index room = queries_at_once * (KeyTile<T>::capacity + 2 * lanes<T>);
-      Lists lists{scratch.take<T>(queries_at_once * heads_.dim), scratch.take<T>(room), scratch.take<T>(room), {}};
+      Keys keys(heads_, scratch);
+      gather(rows, tile, keys);
+      Bounds bounds[queries_a_tile / queries_at_once];
+      for (Index i = 0; i < tile.count; i += queries_at_once) {
+        bounds[i / queries_at_once] = bounds_of(rows, tile, i, keys);
+      }
+      Ahead ahead = look_ahead(rows, tile, out);
+      T* weights = scratch.take<T>(room);
       for (Index h = 0; h < heads_.query; ++h) {
-        look_ahead(rows, tile, h + 1, out, lists.ahead);
-        if (h % heads_.group() == 0) gather(rows, tile, h / heads_.group(), keys, lists);
         for (Index i = 0; i < tile.count; i += queries_at_once) {
-          attend(rows, tile, i, h, keys, lists, out, log_sum_exp);
+          const Queries queries{rows.query_begin + tile.first + i, std::min(queries_at_once, tile.count - i)};
+          attend(queries, bounds[i / queries_at_once], keys, h, weights, ahead, out, log_sum_exp);
         }
       }
     });
   }
 
  private:
+  static constexpr Index queries_a_tile = 64;
   static constexpr Index queries_at_once = 4;
   static constexpr Index keys_at_once = vector_registers >= 32 ? 4 : 2;
   static constexpr Index scores_at_once = queries_at_once * keys_at_once;
   static constexpr Index packets_at_once = (scores_at_once + lanes<T> - 1) / lanes<T>;
   static constexpr int value_vectors = vector_registers >= 32 ? 4 : 2;
+  // Scores of the keys that four queries see, filled up to as many as are weighed at once.
+  static constexpr Index room = round_up(queries_at_once * (most + 2 * queries_at_once), 4 * lanes<T>);
 
-  // Four queries; the places of the tile's keys, counted from its first query, and the scores, later weights, of those
-  // that the four see. Both lists are [key][query].
-  struct Lists {
-    T* query;
-    T* place;
-    T* weight;
-    Lookahead ahead;
+  struct Queries {
+    Index first;
+    Index count;
   };
 
-  Index window_keys() const { return window_.left + window_.right + 1; }
-  Band band(const Sequence& rows) const { return {window_, rows.query_count, rows.key_count}; }
+  /// The keys of a tile, and their values, head by head. Places are counted from the tile's first query; those of each
+  /// key stand four times, so that they compare with scores kept as [key][query].
+  struct Keys {
+    static constexpr Index capacity = queries_a_tile + most;
 
-  void gather(const Sequence& rows, const Tile& tile, Index key_head, KeyTile<T>& keys, Lists& lists) const {
+    Keys(const Heads& heads, Scratch& scratch)
+        : key(scratch.take<T>(capacity * heads.key_cols())),
+          value(scratch.take<T>(capacity * heads.value_cols())),
+          position(scratch.take<Index>(capacity)),
+          place(scratch.take<T>(queries_at_once * (capacity + keys_at_once))) {}
+
+    T* key;
+    T* value;
+    Index* position;
+    T* place;
+    Index count = 0;
+  };
+
+  /// Which of a tile's keys some of four queries see, and the places where each of them begins and ends to see.
+  struct Bounds {
+    Range keys;
+    T from[lanes<T>];
+    T end[lanes<T>];
+  };
+
+  /// What the next tile will read, and how fast it is fetched.
+  struct Ahead {
+    Lookahead rows;
+    Index steps = 0;
+  };
+
+  void gather(const Sequence& rows, const Tile& tile, Keys& keys) const {
     const std::uint8_t* mask = key_mask(inputs_, rows);
-    const Range seen = band(rows).seen_by_any(tile.first, tile.count);
-    keys.clear();
+    const Range seen = Band(window_, rows.query_count, rows.key_count).seen_by_any(tile.first, tile.count);
     for (Index j = seen.first; j < seen.end; ++j) {
       if (mask != nullptr && mask[j] == 0) continue;
-      keys.append(inputs_.key.row(rows.key_begin + j) + key_head * heads_.dim,
-                  inputs_.value.row(rows.key_begin + j) + key_head * heads_.value_width(), j);
-      std::fill_n(lists.place + (keys.count() - 1) * queries_at_once, queries_at_once, T(j - tile.first));
+      copy_heads(inputs_.key.row(rows.key_begin + j), heads_.dim, keys.key + keys.count * heads_.dim);
+      const Index width = heads_.value_width();
+      copy_heads(inputs_.value.row(rows.key_begin + j), width, keys.value + keys.count * width);
+      keys.position[keys.count] = j;
+      std::fill_n(keys.place + keys.count * queries_at_once, queries_at_once, T(j - tile.first));
+      ++keys.count;
     }
     // No query sees the places after the last key, which complete a group of keys_at_once.
-    std::fill_n(lists.place + keys.count() * queries_at_once, scores_at_once, infinity<T>);
+    std::fill_n(keys.place + keys.count * queries_at_once, scores_at_once, infinity<T>);
   }
 
-  void look_ahead(const Sequence& rows, const Tile& tile, Index head, Tokens<Scalar> out, Lookahead& ahead) const {
-    ahead.clear();
-    if (head == heads_.query) return;
-    const Index query = rows.query_begin + tile.first;
-    const Index width = heads_.value_width();
-    ahead.add(inputs_.query.row(query) + head * heads_.dim, inputs_.query.stride(), tile.count, heads_.dim);
-    if (head % heads_.group() == 0) {
-      const Range seen = band(rows).seen_by_any(tile.first, tile.count);
-      const Index key_head = head / heads_.group();
-      ahead.add(inputs_.key.row(rows.key_begin + seen.first) + key_head * heads_.dim, inputs_.key.stride(),
-                seen.count(), heads_.dim);
-      ahead.add(inputs_.value.row(rows.key_begin + seen.first) + key_head * width, inputs_.value.stride(), seen.count(),
-                width);
+  void copy_heads(const Scalar* row, Index width, T* to) const {
+    for (Index h = 0; h < heads_.key_value; ++h, row += width, to += Keys::capacity * width) {
+      for (Index c = 0; c < width; c += lanes<T>) pstoreu(to + c, ploadu<Packet<T>>(row + c));
     }
-    ahead.add(out.row(query) + head * width, out.stride(), tile.count, width);
   }
 
-  // Queries `first` to first + 3 of a tile.
-  void attend(const Sequence& rows, const Tile& tile, Index first, Index head, const KeyTile<T>& keys, Lists& lists,
+  Bounds bounds_of(const Sequence& rows, const Tile& tile, Index first, const Keys& keys) const {
+    const Band band(window_, rows.query_count, rows.key_count);
+    const Range seen = band.seen_by_any(tile.first + first, std::min(queries_at_once, tile.count - first));
+    const Index* const begin = keys.position;
+    const Index* const end = begin + keys.count;
+    Bounds bounds;
+    bounds.keys = {std::lower_bound(begin, end, seen.first) - begin, std::lower_bound(begin, end, seen.end) - begin};
+    for (Index lane = 0; lane < lanes<T>; ++lane) {
+      const Index query = tile.first + first + lane % queries_at_once;
+      bounds.from[lane] = T(band.first(query) - tile.first);
+      bounds.end[lane] = T(band.end(query) - tile.first);
+    }
+    return bounds;
+  }
+
+  // What the next tile reads that this one has not.
+  Ahead look_ahead(const Sequence& rows, const Tile& tile, Tokens<Scalar> out) const {
+    const Band band(window_, rows.query_count, rows.key_count);
+    const Index last = tile.first + tile.count;
+    const Index next = std::min(queries_a_tile, rows.query_count - last);
+    Ahead ahead;
+    if (next <= 0) return ahead;
+    const Range keys{band.end(last - 1), band.end(last + next - 1)};
+    const auto add = [&](const auto& tokens, Index first, Index count) {
+      ahead.rows.add(tokens.row(first), tokens.stride(), count, tokens.cols());
+    };
+    add(inputs_.key, rows.key_begin + keys.first, keys.count());
+    add(inputs_.value, rows.key_begin + keys.first, keys.count());
+    add(inputs_.query, rows.query_begin + last, next);
+    add(out, rows.query_begin + last, next);
+    const Index seen = window_.left + window_.right + 1;
+    ahead.steps = ahead.rows.steps_at_a_time(tile.count * heads_.query * seen / scores_at_once);
+    return ahead;
+  }
+
+  void attend(Queries queries, const Bounds& bounds, const Keys& keys, Index head, T* weights, Ahead& ahead,
               Tokens<Scalar> out, double* log_sum_exp) const {
-    const Index queries = std::min(queries_at_once, tile.count - first);
-    const Index row = rows.query_begin + tile.first + first;
-    for (Index q = 0; q < queries_at_once; ++q) {
-      // Where fewer than four are left the last one stands in for the others, and is written once.
-      const Scalar* query = inputs_.query.row(row + std::min(q, queries - 1)) + head * heads_.dim;
-      for (Index c = 0; c < heads_.dim; ++c) lists.query[q * heads_.dim + c] = scale_ * T(query[c]);
-    }
-    const Band visible = band(rows);
-    const Range any = keys.within(visible.seen_by_any(tile.first + first, queries));
-    const Index count = any.count();
+    const Index width = heads_.value_width();
+    const Index first = head / heads_.group() * Keys::capacity + bounds.keys.first;
+    const Index count = bounds.keys.count();
+    // Where fewer than four queries are left the last one stands in for the others, and is written once.
+    const auto row = [&](Index q) { return queries.first + std::min(q, queries.count - 1); };
+    const Scalar* query[queries_at_once];
+    for (Index q = 0; q < queries_at_once; ++q) query[q] = inputs_.query.row(row(q)) + head * heads_.dim;
 
-    T max[queries_at_once], sum[queries_at_once];
-    score(keys, any, visible, tile.first, first, lists, max);
-    weigh(lists.weight, count, max, sum);
+    const Packet<T> max = score(query, keys.key + first * heads_.dim, bounds, keys, weights, ahead);
+    const Packet<T> sum = weigh(weights, count, max);
 
-    T* results[queries_at_once];
+    T maxima[lanes<T>], sums[lanes<T>];
+    pstoreu(maxima, max);
+    pstoreu(sums, sum);
     T inverse[queries_at_once];
     for (Index q = 0; q < queries_at_once; ++q) {
-      const bool unseen = sum[q] == T(0);
-      inverse[q] = unseen ? T(0) : T(1) / sum[q];
-      results[q] = q < queries ? out.row(row + q) + head * heads_.value_width() : nullptr;
-      if (log_sum_exp == nullptr || q >= queries) continue;
-      log_sum_exp[head * inputs_.query.rows() + row + q] = natural_log_sum_exp(max[q], sum[q]);
-    }
-    const Broadcast<T> weights{lists.weight, 1, queries_at_once};
-    const auto write = [&](Index c, Index q, const Packet<T>& value) {
-      if (results[q] == nullptr) return;
-      const Packet<T> factor =
-          factors_.rows() == 0 ? pset1<Packet<T>>(T(1)) : ploadu<Packet<T>>(factors_.row(head) + c);
-      pstoreu(results[q] + c, pmul(factor, pmul(value, pset1<Packet<T>>(inverse[q]))));
-    };
-    const auto zero = [](Index, int) { return pset1<Packet<T>>(T(0)); };
-    const Broadcast<T> values = keys.value(any.first);
-    Index c = 0;
-    for (; c + value_vectors * lanes<T> <= heads_.value_width(); c += value_vectors * lanes<T>) {
-      multiply<value_vectors>(weights, queries_at_once, values.data + c, values.row_stride, count, zero,
-                              [&](Index q, int v, const Packet<T>& value) { write(c + v * lanes<T>, q, value); });
-    }
-    for (; c < heads_.value_width(); c += lanes<T>) {
-      multiply<1>(weights, queries_at_once, values.data + c, values.row_stride, count, zero,
-                  [&](Index q, int, const Packet<T>& value) { write(c, q, value); });
-    }
-  }
-
-  // Scores of the keys in `any` as [key][query], -infinity where a query does not see a key, and their maxima.
-  void score(const KeyTile<T>& keys, Range any, const Band& visible, Index tile, Index first, Lists& lists,
-             T (&max)[queries_at_once]) const {
-    T froms[lanes<T>], ends[lanes<T>], maxima[lanes<T>];
-    for (Index lane = 0; lane < lanes<T>; ++lane) {
-      const Index query = tile + first + lane % queries_at_once;
-      froms[lane] = T(visible.first(query) - tile);
-      ends[lane] = T(visible.end(query) - tile);
-    }
-    const Packet<T> from = ploadu<Packet<T>>(froms);
-    const Packet<T> end = ploadu<Packet<T>>(ends);
-    const Packet<T> hidden = pset1<Packet<T>>(-infinity<T>);
-    Packet<T> largest = hidden;
-    const T* key[keys_at_once];
-    for (Index j = any.first; j < any.end; j += keys_at_once) {
-      for (Index k = 0; k < keys_at_once; ++k) key[k] = keys.key(std::min(j + k, any.end - 1)).data;
-      Packet<T> sums[packets_at_once];
-      multiply_rows(lists.query, key, sums, lists.ahead);
-      const T* place = lists.place + j * queries_at_once;
-      T* scores = lists.weight + (j - any.first) * queries_at_once;
-      NEARFAR_UNROLL for (Index p = 0; p < packets_at_once; ++p) {
-        const Packet<T> at = ploadu<Packet<T>>(place + p * lanes<T>);
-        const Packet<T> score = pselect(pcmp_lt(at, from), hidden, pselect(pcmp_lt(at, end), sums[p], hidden));
-        largest = pmax(largest, score);
-        pstoreu(scores + p * lanes<T>, score);
+      const bool unseen = sums[q] == T(0);
+      inverse[q] = unseen ? T(0) : T(1) / sums[q];
+      if (log_sum_exp != nullptr) {
+        log_sum_exp[head * inputs_.query.rows() + row(q)] = natural_log_sum_exp(maxima[q], sums[q]);
       }
     }
-    pstoreu(maxima, largest);
-    std::fill_n(max, queries_at_once, -infinity<T>);
-    for (Index lane = 0; lane < lanes<T>; ++lane) {
-      T& m = max[lane % queries_at_once];
-      m = std::max(m, maxima[lane]);
+    const auto multiply_values = [&](auto vectors, Index c) {
+      multiply<decltype(vectors)::value>(
+          Broadcast<T>{weights, 1, queries_at_once}, queries_at_once, keys.value + first * width + c, width, count,
+          [](Index, int) { return pset1<Packet<T>>(T(0)); },
+          [&](Index q, int v, const Packet<T>& value) {
+            if (q >= queries.count) return;
+            const Index column = c + v * lanes<T>;
+            Packet<T> result = pmul(value, pset1<Packet<T>>(inverse[q]));
+            if (factors_.rows() != 0) result = pmul(result, ploadu<Packet<T>>(factors_.row(head) + column));
+            pstoreu(out.row(row(q)) + head * width + column, result);
+          });
+    };
+    Index c = 0;
+    for (; c + value_vectors * lanes<T> <= width; c += value_vectors * lanes<T>) {
+      multiply_values(std::integral_constant<int, value_vectors>{}, c);
     }
+    for (; c < width; c += lanes<T>) multiply_values(std::integral_constant<int, 1>{}, c);
+  }
+
+  // Scores as [key][query], -infinity where a query does not see a key; and their maxima, that of query q in all lanes
+  // that are q modulo 4.
+  Packet<T> score(const Scalar* const (&query)[queries_at_once], const T* keys, const Bounds& bounds, const Keys& tile,
+                  T* scores, Ahead& ahead) const {
+    const Packet<T> from = ploadu<Packet<T>>(bounds.from);
+    const Packet<T> end = ploadu<Packet<T>>(bounds.end);
+    const Packet<T> scale = pset1<Packet<T>>(scale_);
+    const Packet<T> hidden = pset1<Packet<T>>(-infinity<T>);
+    Packet<T> largest = hidden;
+    const Index count = bounds.keys.count();
+    for (Index j = 0; j < count; j += keys_at_once) {
+      const T* key[keys_at_once];
+      for (Index k = 0; k < keys_at_once; ++k) key[k] = keys + std::min(j + k, count - 1) * heads_.dim;
+      Packet<T> sums[packets_at_once];
+      multiply_rows(query, key, sums);
+      for (Index s = 0; s < ahead.steps; ++s) ahead.rows.step();
+      const T* place = tile.place + (bounds.keys.first + j) * queries_at_once;
+      NEARFAR_UNROLL for (Index p = 0; p < packets_at_once; ++p) {
+        const Packet<T> at = ploadu<Packet<T>>(place + p * lanes<T>);
+        const Packet<T> before_end = pselect(pcmp_lt(at, end), pmul(sums[p], scale), hidden);
+        const Packet<T> score = pselect(pcmp_lt(at, from), hidden, before_end);
+        largest = pmax(largest, score);
+        pstoreu(scores + j * queries_at_once + p * lanes<T>, score);
+      }
+    }
+    return fold_across<queries_at_once>(largest, [](const auto& a, const auto& b) { return pmax(a, b); });
   }
 
   // The products of four queries with some keys, [key][query]: each summed over the lanes of its accumulator.
-  void multiply_rows(const T* query, const T* (&key)[keys_at_once], Packet<T> (&sums)[packets_at_once],
-                     Lookahead& ahead) const {
+  void multiply_rows(const Scalar* const (&query)[queries_at_once], const T* const (&key)[keys_at_once],
+                     Packet<T> (&sums)[packets_at_once]) const {
     Packet<T> product[scores_at_once];
     NEARFAR_UNROLL for (Index s = 0; s < scores_at_once; ++s) product[s] = pset1<Packet<T>>(T(0));
     for (Index c = 0; c < heads_.dim; c += lanes<T>) {
-      ahead.step();
       Packet<T> q[queries_at_once];
-      NEARFAR_UNROLL for (Index i = 0; i < queries_at_once; ++i) {
-        q[i] = ploadu<Packet<T>>(query + i * heads_.dim + c);
-      }
+      NEARFAR_UNROLL for (Index i = 0; i < queries_at_once; ++i) q[i] = load_once<Packet<T>>(query[i] + c);
       NEARFAR_UNROLL for (Index k = 0; k < keys_at_once; ++k) {
-        const Packet<T> features = ploadu<Packet<T>>(key[k] + c);
+        const Packet<T> features = load_once<Packet<T>>(key[k] + c);
         NEARFAR_UNROLL for (Index i = 0; i < queries_at_once; ++i) {
           product[k * queries_at_once + i] = pmadd(q[i], features, product[k * queries_at_once + i]);
         }
@@ -209,32 +255,23 @@ class NarrowWindow {
     NEARFAR_UNROLL for (Index p = 0; p < packets_at_once; ++p) sums[p] = sum_lanes(product + p * lanes<T>);
   }
 
-  // Replaces count x 4 scores by weights 2^(score - max) and sums them up for each query.
-  static void weigh(T* scores, Index count, const T (&max)[queries_at_once], T (&sum)[queries_at_once]) {
-    constexpr Index together = 4 * lanes<T>;
-    T shifts[lanes<T>], totals[lanes<T>];
-    for (Index lane = 0; lane < lanes<T>; ++lane) {
-      const T largest = max[lane % queries_at_once];
-      shifts[lane] = largest == -infinity<T> ? T(0) : largest;
-    }
+  // Replaces count x 4 scores by weights 2^(score - max), and gives their sums, as `score` gives the maxima.
+  static Packet<T> weigh(T* scores, Index count, const Packet<T>& max) {
     const Index end = count * queries_at_once;
-    std::fill(scores + end, scores + round_up(end, together), -infinity<T>);
-    const Packet<T> shift = ploadu<Packet<T>>(shifts);
+    std::fill(scores + end, scores + round_up(end, 4 * lanes<T>), -infinity<T>);
+    const Packet<T> unseen = pcmp_eq(max, pset1<Packet<T>>(-infinity<T>));
+    const Packet<T> shift = pselect(unseen, pset1<Packet<T>>(T(0)), max);
     Packet<T> total = pset1<Packet<T>>(T(0));
-    for (Index s = 0; s < end; s += together) {
+    for (Index s = 0; s < end; s += 4 * lanes<T>) {
       Packet<T> weight[4];
-      NEARFAR_UNROLL for (Index p = 0; p < 4; ++p) {
-        weight[p] = psub(ploadu<Packet<T>>(scores + s + p * lanes<T>), shift);
-      }
+      NEARFAR_UNROLL for (int p = 0; p < 4; ++p) weight[p] = psub(ploadu<Packet<T>>(scores + s + p * lanes<T>), shift);
       exp2<T>(weight);
-      NEARFAR_UNROLL for (Index p = 0; p < 4; ++p) {
+      NEARFAR_UNROLL for (int p = 0; p < 4; ++p) {
         pstoreu(scores + s + p * lanes<T>, weight[p]);
         total = padd(total, weight[p]);
       }
     }
-    pstoreu(totals, total);
-    std::fill_n(sum, queries_at_once, T(0));
-    for (Index lane = 0; lane < lanes<T>; ++lane) sum[lane % queries_at_once] += totals[lane];
+    return fold_across<queries_at_once>(total, [](const auto& a, const auto& b) { return padd(a, b); });
   }
 
   const Heads& heads_;
