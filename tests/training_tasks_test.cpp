@@ -7,6 +7,8 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cmath>
 #include <filesystem>
 #include <set>
 #include <stdexcept>
@@ -117,6 +119,23 @@ TEST(TrainingListOps, TreesAreWholeAndHaveTheValueOfTheirTokens) {
   EXPECT_NEAR(operators, 1000, 120) << "a quarter of the roots";
   EXPECT_GT(most, 500U);
   EXPECT_LE(most, 1999U);
+}
+
+TEST(TrainingFashion, HasRowsOfPixelsAndTheirClassOrNamesThePackage) {
+  try {
+    const FashionTask task({.batch = 7, .length = 784});
+    const Batch batch = task.training_batch(0), last = task.evaluation_batch(Part::test, 10000 / 7);
+    EXPECT_EQ(batch.offsets, (std::vector<Index>{0, 784, 1568, 2352, 3136, 3920, 4704, 5488}));
+    EXPECT_EQ(last.sequences(), 10000 % 7);
+    EXPECT_EQ(last.targets.back(), 5) << "a sandal";
+    EXPECT_EQ(task.evaluation_batch(Part::test, 0).targets.front(), 9) << "an ankle boot";
+    const auto [darkest, brightest] = std::minmax_element(batch.tokens.begin(), batch.tokens.end());
+    EXPECT_EQ(*darkest, 0);
+    EXPECT_EQ(*brightest, 255);
+  } catch (const std::runtime_error& error) {
+    EXPECT_NE(std::string(error.what()).find("install Debian's package dataset-fashion-mnist"), std::string::npos);
+  }
+  EXPECT_THROW(FashionTask({.length = 100}), std::exception);
 }
 
 class TrainingFiles : public testing::Test {

@@ -151,17 +151,17 @@ template <class T>
 class LayerNorm {
  public:
   explicit LayerNorm(Index width)
-      : gain_(1, width, T(1)), bias_(1, width, T(0)), y_(width), grad_x_(width), of_row_(2) {}
+      : gain_(1, width, T(1)), bias_(1, width, T(0)), y_(width), grad_x_(width), moments_(2) {}
 
   Tokens<const T> forward(Tokens<const T> x) {
     x_ = x;
-    const Tokens<T> y = y_.rows(x.rows()), of_row = of_row_.rows(x.rows());
+    const Tokens<T> y = y_.rows(x.rows()), moments = moments_.rows(x.rows());
     for (Index i = 0; i < x.rows(); ++i) {
       const Row row(x.row(i), x.cols());
       const T mean = row.mean();
       const T inverse_deviation = 1 / std::sqrt((row - mean).square().mean() + T(1e-5));
-      of_row(i, 0) = mean;
-      of_row(i, 1) = inverse_deviation;
+      moments(i, 0) = mean;
+      moments(i, 1) = inverse_deviation;
       MutableRow(y.row(i), y.cols()) =
           (row - mean) * inverse_deviation * gain_.value.row(0).array() + bias_.value.row(0).array();
     }
@@ -170,10 +170,10 @@ class LayerNorm {
 
   /// With z = (x - mean) / deviation and g = grad_y * gain: grad_x = (g - mean(g) - z mean(g z)) / deviation.
   Tokens<T> backward(Tokens<const T> grad_y) {
-    const Tokens<T> grad_x = grad_x_.rows(grad_y.rows()), of_row = of_row_.rows(grad_y.rows());
+    const Tokens<T> grad_x = grad_x_.rows(grad_y.rows()), moments = moments_.rows(grad_y.rows());
     for (Index i = 0; i < grad_y.rows(); ++i) {
       const Row x(x_.row(i), x_.cols()), grad(grad_y.row(i), grad_y.cols());
-      const T mean = of_row(i, 0), inverse_deviation = of_row(i, 1);
+      const T mean = moments(i, 0), inverse_deviation = moments(i, 1);
       const auto z = (x - mean) * inverse_deviation;
       const auto g = grad * gain_.value.row(0).array();
       const T mean_g = g.mean(), mean_gz = (g * z).mean();
@@ -195,7 +195,7 @@ class LayerNorm {
   using Row = Eigen::Map<const Eigen::Array<T, 1, Eigen::Dynamic>>;
 
   Parameter<T> gain_, bias_;
-  Buffer<T> y_, grad_x_, of_row_;
+  Buffer<T> y_, grad_x_, moments_;
   Tokens<const T> x_;
 };
 

@@ -25,6 +25,8 @@ struct Batch {
 };
 
 /// y = attention(x W_q + b_q, x W_k + b_k, x W_v + b_v) W_o + b_o. The three projections are one product.
+///
+/// A mechanism of your own needs a Context as last argument of forward and backward, as nearfar's have it.
 template <nearfar::DifferentiableAttention Attention>
 class AttentionLayer {
  public:
