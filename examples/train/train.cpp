@@ -20,6 +20,7 @@
 #include <exception>
 #include <filesystem>
 #include <memory>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -58,9 +59,10 @@ and of the setting, whose defaults the task has
 
 template <class Number>
 Number number_from(std::string_view option, std::string_view text) {
+  std::istringstream stream{std::string(text)};
   Number number{};
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
-  if (error != std::errc() || end != text.data() + text.size()) {
+  stream >> number;
+  if (stream.fail() || stream.peek() != std::istringstream::traits_type::eof()) {
     refuse(std::string(option) + " must be a number, but is \"" + std::string(text) + "\".");
   }
   return number;
@@ -132,7 +134,13 @@ struct Command {
     }
     if (attention.empty()) refuse("--attention is missing.");
     if (task != "bytes" && !files.empty()) refuse(task + " takes no file, but " + files.front() + " is given.");
-    if (setting.heads < 1 || setting.width % setting.heads != 0) {
+    for_each_number(setting, [](std::string_view option, auto number) {
+      const bool may_be_zero =
+          option == "--seed" || option == "--dropout" || option == "--warm-up" || option == "--clip";
+      if (number > 0 || (number == 0 && may_be_zero)) return;
+      refuse(std::string(option) + " must be more than 0, but is " + text_of(number) + ".");
+    });
+    if (setting.width % setting.heads != 0) {
       refuse("--heads must divide --width, but " + text_of(setting.heads) + " does not divide " +
              text_of(setting.width) + ".");
     }
