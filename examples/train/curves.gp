@@ -4,6 +4,7 @@
 set terminal pngcairo size 1300,520 font 'sans,11'
 set output picture
 set datafile separator ','
+set datafile missing NaN
 set style line 100 lc rgb '#dddddd' lw 1
 set grid xtics ytics ls 100
 set border 3
@@ -12,16 +13,15 @@ set multiplot layout 1,2 title group font ',14'
 unset key
 colours = "#000000 #e69f00 #cc79a7 #d55e00 #0072b2 #009e73 #56b4e9 #999999 #f0a58f #a6d8f5"
 file(i) = word(runs, i).'/log.csv'
-value(part, column) = strcol(2) eq part ? column : NaN
+of(part, number) = strcol(2) eq part ? number : NaN
 unit = group[1:5] eq 'bytes' ? 'bits per byte' : 'accuracy, percent'
 
 set xlabel 'step'
 set ylabel 'training loss'
-plot for [i = 1:words(runs)] file(i) using 1:(value('training', $3)) with lines lw 2 lc rgb word(colours, (i - 1) % 10 + 1) notitle
+plot for [i = 1:words(runs)] file(i) using 1:(of('training', $3)) with lines lw 2 lc rgb word(colours, (i - 1) % 10 + 1) notitle
 
 set key outside below left Left reverse samplen 2 font ',9' maxrows 6 noenhanced
 set xlabel 'CPU seconds'
 set ylabel 'validation: '.unit
-set datafile missing NaN
-plot for [i = 1:words(runs)] file(i) using 6:(value('validation', $4)) with linespoints lw 2 pt 7 ps 0.5 lc rgb word(colours, (i - 1) % 10 + 1) title word(names, i)
+plot for [i = 1:words(runs)] file(i) using 6:(of('validation', $4)) with linespoints lw 2 pt 7 ps 0.5 lc rgb word(colours, (i - 1) % 10 + 1) title word(names, i)
 unset multiplot
