@@ -41,19 +41,18 @@ struct Exp2<double> {
 };
 
 /// value * 2^n, where the low bits of `shifted` = n + round_to_integer hold n: n is added to the exponent bits.
-template <class T>
-NEARFAR_INLINE Packet<T> add_to_exponent(const Packet<T>& value, const Packet<T>& shifted) {
+template <class T, class P>
+NEARFAR_INLINE P add_to_exponent(const P& value, const P& shifted) {
   using Bits = typename Exp2<T>::Bits;
 #if defined(__GNUC__)
-  typedef Bits Lanes __attribute__((vector_size(sizeof(Bits) * lanes<T>)));
-  return std::bit_cast<Packet<T>>(std::bit_cast<Lanes>(value) +
-                                  (std::bit_cast<Lanes>(shifted) << Exp2<T>::mantissa_bits));
+  typedef Bits Lanes __attribute__((vector_size(sizeof(P))));
+  return std::bit_cast<P>(std::bit_cast<Lanes>(value) + (std::bit_cast<Lanes>(shifted) << Exp2<T>::mantissa_bits));
 #else
-  using Lanes = std::array<Bits, lanes<T>>;
+  using Lanes = std::array<Bits, sizeof(P) / sizeof(Bits)>;
   Lanes bits = std::bit_cast<Lanes>(value);
   const Lanes exponent = std::bit_cast<Lanes>(shifted);
   for (std::size_t i = 0; i < bits.size(); ++i) bits[i] += exponent[i] << Exp2<T>::mantissa_bits;
-  return std::bit_cast<Packet<T>>(bits);
+  return std::bit_cast<P>(bits);
 #endif
 }
 
@@ -62,25 +61,25 @@ NEARFAR_INLINE Packet<T> add_to_exponent(const Packet<T>& value, const Packet<T>
 /// -infinity gives exactly 0 and NaN gives NaN; results below the smallest normal number may be anything from 0 to it.
 /// x must stay below the largest exponent (128 or 1024): a softmax never asks for more than 2^0.
 /// One exponential is a chain of dependent steps: several packets go through it side by side.
-template <class T, int Count>
-NEARFAR_INLINE void exp2(Packet<T> (&x)[Count]) {
+template <class T, class P, int Count>
+NEARFAR_INLINE void exp2(P (&x)[Count]) {
   using Traits = Exp2<T>;
   constexpr auto& c = Traits::polynomial;
-  const Packet<T> magic = pset1<Packet<T>>(Traits::round_to_integer);
+  const P magic = pset1<P>(Traits::round_to_integer);
   // At the smallest exponent r is 0 and the polynomial exactly 1, whose exponent bits the addition turns into zero.
-  const Packet<T> smallest = pset1<Packet<T>>(Traits::smallest_exponent);
-  Packet<T> shifted[Count];
-  Packet<T> p[Count];
+  const P smallest = pset1<P>(Traits::smallest_exponent);
+  P shifted[Count];
+  P power[Count];
   NEARFAR_UNROLL for (int i = 0; i < Count; ++i) x[i] = pmax(x[i], smallest);
   NEARFAR_UNROLL for (int i = 0; i < Count; ++i) shifted[i] = padd(x[i], magic);
   NEARFAR_UNROLL for (int i = 0; i < Count; ++i) x[i] = psub(x[i], psub(shifted[i], magic));
-  NEARFAR_UNROLL for (int i = 0; i < Count; ++i) p[i] = pset1<Packet<T>>(c.back());
+  NEARFAR_UNROLL for (int i = 0; i < Count; ++i) power[i] = pset1<P>(c.back());
   NEARFAR_UNROLL for (std::size_t k = 2; k <= c.size(); ++k) {
-    const Packet<T> coefficient = pset1<Packet<T>>(c[c.size() - k]);
-    NEARFAR_UNROLL for (int i = 0; i < Count; ++i) p[i] = pmadd(p[i], x[i], coefficient);
+    const P coefficient = pset1<P>(c[c.size() - k]);
+    NEARFAR_UNROLL for (int i = 0; i < Count; ++i) power[i] = pmadd(power[i], x[i], coefficient);
   }
-  NEARFAR_UNROLL for (int i = 0; i < Count; ++i) p[i] = pmadd(p[i], x[i], pset1<Packet<T>>(T(1)));
-  NEARFAR_UNROLL for (int i = 0; i < Count; ++i) x[i] = add_to_exponent<T>(p[i], shifted[i]);
+  NEARFAR_UNROLL for (int i = 0; i < Count; ++i) power[i] = pmadd(power[i], x[i], pset1<P>(T(1)));
+  NEARFAR_UNROLL for (int i = 0; i < Count; ++i) x[i] = add_to_exponent<T>(power[i], shifted[i]);
 }
 
 /// The same of one packet.

@@ -71,6 +71,23 @@ NEARFAR_INLINE void prefetch_far(const void* address) {
 #endif
 }
 
+/// Stores a vector past the caches, where an ordinary store first reads the line that it is going to fill: only for
+/// what is larger than the caches, and not read soon. `to` must be aligned to the vector; other threads see the store
+/// after a std::atomic_thread_fence.
+template <class P, class T>
+NEARFAR_INLINE void store_past_caches(T* to, const P& vector) {
+#if defined(__clang__)
+  __builtin_nontemporal_store(vector, reinterpret_cast<P*>(to));
+#elif defined(__GNUC__) && defined(__SSE2__)
+  // g++ has a builtin for each instruction set, and none for all: every one of x86 has the store of 16 bytes.
+  __m128i parts[sizeof(P) / 16];
+  pstoreu(reinterpret_cast<T*>(parts), vector);
+  for (std::size_t i = 0; i < sizeof(P) / 16; ++i) _mm_stream_si128(reinterpret_cast<__m128i*>(to) + i, parts[i]);
+#else
+  pstoreu(to, vector);
+#endif
+}
+
 /// Loads a vector once, for several uses: left to itself the compiler may read memory again for each of them, and a
 /// load costs as much as a multiply-add.
 template <class P, class T>

@@ -7,6 +7,9 @@
 #include <nearfar/mask.hpp>
 
 #include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <type_traits>
 
 namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
@@ -43,16 +46,6 @@ struct AdditiveCall {
   }
 };
 
-/// Where the rows of out go: out_i = w_t u_i + b_t + q_i.
-template <class T>
-struct AdditiveOut {
-  Tokens<T> rows;
-  bool transform;
-  PackedMatrix<T> w_t;      ///< transposed
-  const T* b_t;             ///< null: no bias
-  AdditiveSaved<T>* saved;  ///< null: nothing is kept
-};
-
 /// What the backward pass reads and writes beside the inputs.
 template <class T>
 struct AdditiveGradients {
@@ -66,24 +59,57 @@ struct AdditiveGradients {
   T* b_t;         ///< added to; null without bias
 };
 
+/// What takes vectors to the rows of a matrix, as long as they will be read soon.
+struct Keep {
+  template <class P, class T>
+  NEARFAR_INLINE void operator()(T* to, const P& numbers) const {
+    pstoreu(to, numbers);
+  }
+};
+
+/// Where they will not be, and are too many for a cache.
+struct PastCaches {
+  template <class P, class T>
+  NEARFAR_INLINE void operator()(T* to, const P& numbers) const {
+    if constexpr (sizeof(P) > sizeof(T)) {
+      store_past_caches(to, numbers);
+    } else {
+      pstoreu(to, numbers);
+    }
+  }
+};
+
 /// u = gk * v + q feature by feature, each key/value head serving its group of query heads; gk or q may be null (zero).
-/// Asks for `later_value` and `later_query` meanwhile.
-template <class T>
-void blend_row(const Heads& heads, const T* global_key, const T* value, const T* query, T* u, const T* later_value,
-               const T* later_query) {
+/// Asks for what lies `ahead` numbers behind the value and the query.
+template <class T, class Store = Keep>
+NEARFAR_INLINE void blend_row(const Heads& heads, const T* global_key, const T* value, const T* query, T* u,
+                              Index value_ahead = 0, Index query_ahead = 0, Store&& store = {}) {
   const Index group = heads.group();
   const Index slices = group == 1 ? 1 : heads.query;
   const Index length = heads.query_cols() / slices;
-  for (Index s = 0; s < slices; ++s) {
-    const Index column = s * length;
-    const Index shared = s / group * length;
-    for_each_packet<T>(length, [&](auto by, Index c) {
-      using P = typename decltype(by)::template Of<T>;
-      if (later_value != nullptr) prefetch_far(later_value + shared + c);
-      if (later_query != nullptr) prefetch_far(later_query + column + c);
-      P sum = query == nullptr ? pset1<P>(T(0)) : ploadu<P>(query + column + c);
-      if (global_key != nullptr) sum = pmadd(ploadu<P>(global_key + column + c), ploadu<P>(value + shared + c), sum);
-      pstoreu(u + column + c, sum);
+  // One loop for each case: the inner loop has no time for questions.
+  const auto for_each = [&](auto&& blend) {
+    for (Index s = 0; s < slices; ++s) {
+      for_each_packet<T>(length, [&, column = s * length, shared = s / group * length](auto by, Index c) {
+        using P = typename decltype(by)::template Of<T>;
+        store(u + column + c, blend(pset1<P>(T(0)), column + c, shared + c));
+      });
+    }
+  };
+  if (global_key == nullptr && query == nullptr) {
+    for_each([&](const auto& zero, Index, Index) { return zero; });
+  } else if (global_key == nullptr) {
+    for_each([&]<class P>(const P&, Index c, Index) { return ploadu<P>(query + c); });
+  } else if (query == nullptr) {
+    for_each([&]<class P>(const P&, Index c, Index shared) {
+      prefetch_far(value + value_ahead + shared);
+      return pmul(ploadu<P>(global_key + c), ploadu<P>(value + shared));
+    });
+  } else {
+    for_each([&]<class P>(const P&, Index c, Index shared) {
+      prefetch_far(value + value_ahead + shared);
+      prefetch_far(query + query_ahead + c);
+      return pmadd(ploadu<P>(global_key + c), ploadu<P>(value + shared), ploadu<P>(query + c));
     });
   }
 }
@@ -113,36 +139,66 @@ void blend_row_backward(const Heads& heads, const T* global_key, const T* value,
 /// Rows that go through the transform together: their u stay in the cache.
 inline constexpr Index transform_rows = 128;
 
-/// out_i = w_t (gk * v_i) + b_t + q_i for the tokens of a stretch. global_key(token) is null where no token is seen:
-/// then the value is not read.
+/// Where the rows of out go: out_i = w_t u_i + b_t + q_i, u_i = gk_i * v_i.
+template <class T>
+struct AdditiveOut {
+  Tokens<T> rows;
+  bool transform;
+  PackedMatrix<T> w_t;      ///< transposed
+  const T* b_t;             ///< null: no bias
+  AdditiveSaved<T>* saved;  ///< null: nothing is kept
+
+  /// Whether whole vectors of out may go past the caches, which it would flush.
+  bool past_caches() const {
+    constexpr auto vector = Index{sizeof(Packet<T>)};
+    const Index row = rows.stride() * Index{sizeof(T)};
+    return !transform && reinterpret_cast<std::uintptr_t>(rows.data()) % vector == 0 && row % vector == 0 &&
+           rows.rows() * rows.cols() * Index{sizeof(T)} >= cache_bytes;
+  }
+
+ private:
+  /// More than a call can hope to leave in a cache for the next.
+  static constexpr Index cache_bytes = Index{32} << 20;
+};
+
+/// How many tokens ahead memory is asked for values and queries.
+struct Ahead {
+  Index value = 0;
+  Index query = 0;
+};
+
+/// Writes the rows of out of the tokens [first, first + count), at most transform_rows. global_key(token), asked for in
+/// turn, is null where no token is seen: then the value is not read.
 template <class T, class GlobalKey>
-void write_rows(const AdditiveCall<T>& call, const AdditiveOut<T>& out, const Stretch& stretch, Scratch& scratch,
-                GlobalKey&& global_key) {
-  const Tokens<const T> value = call.inputs.value;
-  const Tokens<const T> query = call.inputs.query;
+void write_rows(const AdditiveCall<T>& call, const AdditiveOut<T>& out, Index first, Index count, const Ahead& ahead,
+                Scratch& scratch, GlobalKey&& global_key) {
+  const Scratch::Scope scope(scratch);
   const Index width = call.width();
-  if (!out.transform) {
-    for (Index token = stretch.first; token < stretch.end(); ++token) {
-      const Index later = std::min(token + 2, stretch.end() - 1);
-      blend_row(call.heads, global_key(token), value.row(token), call.add_query ? query.row(token) : nullptr,
-                out.rows.row(token), value.row(later), call.add_query ? query.row(later) : nullptr);
-    }
-    return;
-  }
-  T* const u = scratch.take<T>(transform_rows * width);
+  const bool past_caches = out.past_caches();
+  const Tokens<T> rows = out.rows.middle_rows(first, count);
+  const Tokens<T> u = out.transform ? Tokens<T>(scratch.take<T>(count * width), count, width, width) : rows;
+  const bool add_query = call.add_query && !out.transform;
   const T* const none = nullptr;
-  for (Index first = stretch.first; first < stretch.end(); first += transform_rows) {
-    const Index count = std::min(transform_rows, stretch.end() - first);
-    for (Index i = 0; i < count; ++i) {
-      const Index token = first + i;
-      blend_row(call.heads, global_key(token), value.row(token), none, u + i * width, none, none);
-      T* const row = out.rows.row(token);
-      for (Index c = 0; c < width; ++c) {
-        row[c] = (out.b_t == nullptr ? T(0) : out.b_t[c]) + (call.add_query ? query(token, c) : T(0));
-      }
-    }
-    out.w_t.multiply_add({u, width, 1}, out.rows.middle_rows(first, count));
+  for (Index i = 0; i < count; ++i) {
+    const Index token = first + i;
+    const auto later = [&](Index tokens) { return std::min(tokens, call.inputs.query.rows() - 1 - token); };
+    const auto blend = [&](auto store) {
+      blend_row<T>(call.heads, global_key(token), call.inputs.value.row(token),
+                   add_query ? call.inputs.query.row(token) : none, u.row(i),
+                   later(ahead.value) * call.inputs.value.stride(), later(ahead.query) * call.inputs.query.stride(),
+                   store);
+    };
+    past_caches ? blend(PastCaches{}) : blend(Keep{});
   }
+  if (past_caches) std::atomic_thread_fence(std::memory_order_seq_cst);
+  if (!out.transform) return;
+  for (Index i = 0; i < count; ++i) {
+    T* const row = rows.row(i);
+    for (Index c = 0; c < width; ++c) {
+      row[c] = (out.b_t == nullptr ? T(0) : out.b_t[c]) + (call.add_query ? call.inputs.query(first + i, c) : T(0));
+    }
+  }
+  out.w_t.multiply_add({u.data(), width, 1}, rows);
 }
 
 /// Whether the backward pass may read a token's value: not where the token is masked and its row of out has no

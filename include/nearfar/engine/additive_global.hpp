@@ -11,11 +11,6 @@ namespace detail {
 // gk = gq * sum_i beta_i k_i: with gq folded into w_k, both poolings are softmax poolings of rows as they stand, and
 // the rows of out need one more pass over the tokens.
 
-template <class T>
-SoftmaxPool<T> pool_of(T* pools, const PoolingShape& shape, Index b) {
-  return SoftmaxPool<T>::at(pools + b * SoftmaxPool<T>::size(shape), shape);
-}
-
 /// w_k folded: row r, column c of key head g is the sum over that head's query heads h of w_k(r, c of h) gq(c of h).
 template <class T>
 const T* fold_global_query(const AdditiveCall<T>& call, const T* global_query, Scratch& scratch) {
@@ -32,24 +27,37 @@ const T* fold_global_query(const AdditiveCall<T>& call, const T* global_query, S
   return folded;
 }
 
+/// One pooling of each sequence.
+template <class T>
+struct SequencePools {
+  PoolingShape shape;
+  T* pools;
+  T* means;  ///< sequences x heads' means
+
+  SoftmaxPool<T> operator[](Index b) const {
+    return SoftmaxPool<T>::at(pools + b * SoftmaxPool<T>::size(shape), shape);
+  }
+  T* mean(Index b) const { return means + b * shape.width(); }
+};
+
 /// Pools each sequence's visible rows with the weights that weights_of(sequence, scratch) gives. `scores`, unless null,
 /// gets the scores of each token.
 template <class T, class WeightsOf>
-T* pool_sequences(const AdditiveCall<T>& call, const PoolingShape& shape, Tokens<const T> rows, WeightsOf&& weights_of,
-                  Matrix<T>* scores) {
+SequencePools<T> pool_sequences(const AdditiveCall<T>& call, const PoolingShape& shape, Tokens<const T> rows,
+                                WeightsOf&& weights_of, Matrix<T>* scores) {
   const Stretches& stretches = call.stretches;
   const Index size = SoftmaxPool<T>::size(shape);
-  T* const parts = call.work.template take<T>(stretches.count() * size);
-  T* const pools = call.work.template take<T>(stretches.sequences() * size);
+  const SequencePools<T> parts{shape, call.work.template take<T>(stretches.count() * size), nullptr};
+  const SequencePools<T> all{shape, call.work.template take<T>(stretches.sequences() * size),
+                             call.work.template take<T>(stretches.sequences() * shape.width())};
   call.work.for_each(stretches.count(), [&](Index s, Scratch& scratch) {
-    const SoftmaxPool<T> part = pool_of(parts, shape, s);
-    part.start(shape);
+    parts[s].start(shape);
     const T* const weights = interleave(shape, weights_of(stretches[s].sequence, scratch), scratch);
     T* const score = scratch.take<T>(shape.scores<T>(block_tokens));
     for_each_block(
         stretches[s], strands, [&](Index token) { return call.sees(token); },
         [&](const Index* token, Index count) {
-          pool<T>(shape, weights, {rows, token, count}, score, part, scratch);
+          pool<T>(shape, weights, {rows, token, count}, score, parts[s], scratch);
           if (scores == nullptr) return;
           for (Index i = 0; i < count; ++i) {
             std::copy_n(score + i * shape.padded(), shape.padded(), scores->row(token[i]).data());
@@ -57,11 +65,11 @@ T* pool_sequences(const AdditiveCall<T>& call, const PoolingShape& shape, Tokens
         });
   });
   call.work.for_each(stretches.sequences(), [&](Index b, Scratch&) {
-    const SoftmaxPool<T> all = pool_of(pools, shape, b);
-    all.start(shape);
-    for (Index s = stretches.of(b).first; s < stretches.of(b).end; ++s) all.merge(pool_of(parts, shape, s), shape);
+    all[b].start(shape);
+    for (Index s = stretches.of(b).first; s < stretches.of(b).end; ++s) all[b].merge(parts[s], shape);
+    all[b].means(shape, all.mean(b));
   });
-  return pools;
+  return all;
 }
 
 /// Turns the scores of a stretch's visible tokens into their softmax weights.
@@ -80,31 +88,33 @@ template <class T>
 void additive_global(const AdditiveCall<T>& call, const AdditiveOut<T>& out) {
   const Index width = call.width();
   AdditiveSaved<T>* const saved = out.saved;
-  T* const queries = pool_sequences(
+  const SequencePools<T> queries = pool_sequences(
       call, call.query_shape(), call.inputs.query, [&](Index, Scratch&) { return call.w_q; },
       saved == nullptr ? nullptr : &saved->query_weights);
-  const auto query_pool = [&](Index b) { return pool_of(queries, call.query_shape(), b); };
-  T* const keys = pool_sequences(
+  const SequencePools<T> keys = pool_sequences(
       call, call.key_shape(), call.inputs.key,
-      [&](Index b, Scratch& scratch) { return fold_global_query(call, query_pool(b).mean, scratch); },
+      [&](Index b, Scratch& scratch) { return fold_global_query(call, queries.mean(b), scratch); },
       saved == nullptr ? nullptr : &saved->key_weights);
-  const auto key_pool = [&](Index b) { return pool_of(keys, call.key_shape(), b); };
 
   call.work.for_each(call.stretches.count(), [&](Index s, Scratch& scratch) {
     const Stretch& stretch = call.stretches[s];
-    const SoftmaxPool<T> query = query_pool(stretch.sequence);
-    const SoftmaxPool<T> key = key_pool(stretch.sequence);
+    const Index b = stretch.sequence;
     T* const global_key = scratch.take<T>(width);
-    for (Index c = 0; c < width; ++c) global_key[c] = query.mean[c] * key.mean[c];
-    const bool seen = key.sum[0] != T(0);
-    write_rows(call, out, stretch, scratch, [&](Index) { return seen ? global_key : nullptr; });
+    for (Index c = 0; c < width; ++c) global_key[c] = queries.mean(b)[c] * keys.mean(b)[c];
+    const bool seen = keys[b].sum[0] != T(0);
+    // Beside stores past the caches the memory's own prefetching does better.
+    const Ahead ahead = out.past_caches() ? Ahead{} : Ahead{2, 2};
+    for (Index first = stretch.first; first < stretch.end(); first += transform_rows) {
+      write_rows(call, out, first, std::min(transform_rows, stretch.end() - first), ahead, scratch,
+                 [&](Index) { return seen ? global_key : nullptr; });
+    }
     if (saved == nullptr) return;
-    scores_to_weights(call, stretch, query, saved->query_weights);
-    scores_to_weights(call, stretch, key, saved->key_weights);
+    scores_to_weights(call, stretch, queries[b], saved->query_weights);
+    scores_to_weights(call, stretch, keys[b], saved->key_weights);
   });
   for (Index b = 0; saved != nullptr && b < call.stretches.sequences(); ++b) {
-    std::copy_n(query_pool(b).mean, width, saved->query_means.row(b).data());
-    std::copy_n(key_pool(b).mean, width, saved->key_means.row(b).data());
+    std::copy_n(queries.mean(b), width, saved->query_means.row(b).data());
+    std::copy_n(keys.mean(b), width, saved->key_means.row(b).data());
   }
 }
 

@@ -7,12 +7,13 @@ namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
 namespace detail {
 
-// Causal additive attention. Each token has its own gq and gk, prefix means of the queries and of p = gq * k. Stretches
-// run side by side: a round of their own poolings tells where each starts, first for the queries, then for the keys,
-// whose p need the queries' prefix; a last round writes the rows of out. Each score is computed once.
+// Causal additive attention. Each token has its own gq and gk, prefix means of the queries and of p = gq * k. A stretch
+// of tokens pools its own queries first; in its turn it learns where its prefix means start, and hands on where those
+// of the next do; with them it pools its own p, takes a second turn, and writes its rows of out. All that it reads more
+// than once is in the cache by then, and each score is computed once.
 
 /// Tokens of a causal stretch: what backward recomputes at a time.
-inline constexpr Index prefix_stretch = 128;
+inline constexpr Index prefix_stretch = 64;
 
 /// The visible tokens of a stretch.
 struct Visible {
@@ -32,109 +33,128 @@ struct Visible {
   }
 };
 
-/// p_i = gq_i * k_i for the visible tokens, gq_i standing in the rows of p, which it replaces.
+/// One of the two prefix poolings of all sequences, handed on from stretch to stretch.
 template <class T>
-void multiply_keys(const AdditiveCall<T>& call, const Visible& visible, Tokens<T> p) {
-  const T* const none = nullptr;
-  for (Index i = 0; i < visible.count; ++i) {
-    T* const row = p.row(visible.row[i]);
-    blend_row<T>(call.heads, row, call.inputs.key.row(visible.token[i]), none, row, none, none);
+class PrefixPools {
+ public:
+  /// `state` is where a stream stands, or null.
+  PrefixPools(const AdditiveCall<T>& call, T* state)
+      : shape_(call.query_shape()),
+        call_(call),
+        turns_(call.work, call.stretches),
+        pools_(state == nullptr ? call.work.template take<T>(call.stretches.sequences() * size()) : state) {
+    for (Index b = 0; state == nullptr && b < call.stretches.sequences(); ++b) at(pools_ + b * size()).start(shape_);
   }
-}
 
-/// Turns what each stretch pools into where it starts: the poolings of all stretches before it.
-template <class T>
-void start_stretches(const AdditiveCall<T>& call, T* pools, T* state) {
-  const PoolingShape shape = call.query_shape();
-  const Index size = SoftmaxPool<T>::size(shape);
-  call.work.for_each(call.stretches.sequences(), [&](Index b, Scratch& scratch) {
-    const auto so_far = SoftmaxPool<T>::at(state == nullptr ? scratch.take<T>(size) : state, shape);
-    const auto own = SoftmaxPool<T>::at(scratch.take<T>(size), shape);
-    if (state == nullptr) so_far.start(shape);
-    for (Index s = call.stretches.of(b).first; s < call.stretches.of(b).end; ++s) {
-      const auto pool = SoftmaxPool<T>::at(pools + s * size, shape);
-      own.copy_from(pool, shape);
-      pool.copy_from(so_far, shape);
-      so_far.merge(own, shape);
-    }
-  });
-}
+  /// Pools `count` rows of stretch s, as pool() does, and gives their weights, each in its own prefix. mean gets the
+  /// mean where the stretch starts; the result says whether any row came before.
+  template <class Show>
+  bool pool_stretch(Index s, const T* weights, T* mean, T* scores, Index count, Show&& show, Scratch& scratch) const {
+    const SoftmaxPool<T> own = at(scratch.take<T>(size()));
+    const SoftmaxPool<T> start = at(scratch.take<T>(size()));
+    own.start(shape_);
+    pool<T>(shape_, weights, count, show, scores, own, scratch);
+    turns_.take(s, [&] {
+      const SoftmaxPool<T> handed_on = at(pools_ + call_.stretches[s].sequence * size());
+      start.copy_from(handed_on, shape_);
+      handed_on.merge(own, shape_);
+    });
+    start.means(shape_, mean);
+    const bool seen = start.sum[0] != T(0);
+    prefix_weights(shape_, scores, count, start, scratch);
+    return seen;
+  }
+
+ private:
+  Index size() const { return SoftmaxPool<T>::size(shape_); }
+  SoftmaxPool<T> at(T* memory) const { return SoftmaxPool<T>::at(memory, shape_); }
+
+  PoolingShape shape_;
+  const AdditiveCall<T>& call_;
+  Turns turns_;
+  T* pools_;
+};
 
 template <class T>
 void additive_prefix(const AdditiveCall<T>& call, const AdditiveOut<T>& out, T* state) {
   const PoolingShape shape = call.query_shape();
+  const PoolingShape key_shape = call.key_shape();
   const Stretches& stretches = call.stretches;
   const Index width = call.width();
   const Index padded = shape.padded();
-  const Index size = SoftmaxPool<T>::size(shape);
-  const Index scores = shape.scores<T>(prefix_stretch);
-  T* const queries = call.work.template take<T>(stretches.count() * size);
-  T* const keys = call.work.template take<T>(stretches.count() * size);
-  T* const query_scores = call.work.template take<T>(stretches.count() * scores);
-  T* const key_scores = call.work.template take<T>(stretches.count() * scores);
-  const auto pool_at = [&](T* pools, Index s) { return SoftmaxPool<T>::at(pools + s * size, shape); };
+  const T* const w_q = interleave(shape, call.w_q, call.work);
+  const T* const w_k = interleave(shape, call.w_k, call.work);
+  const PrefixPools<T> queries(call, state);
+  const PrefixPools<T> keys(call, state == nullptr ? nullptr : state + SoftmaxPool<T>::size(shape));
+  const auto save = [&](const Visible& visible, const T* weights, const T* mean, Index s, Matrix<T>& saved_weights,
+                        Matrix<T>& saved_means) {
+    std::copy_n(mean, width, saved_means.row(s).data());
+    for (Index i = 0; i < visible.count; ++i) {
+      std::copy_n(weights + i * padded, padded, saved_weights.row(visible.token[i]).data());
+    }
+  };
 
   call.work.for_each(stretches.count(), [&](Index s, Scratch& scratch) {
     const Visible visible(call, stretches[s]);
-    const SoftmaxPool<T> own = pool_at(queries, s);
-    own.start(shape);
-    pool<T>(shape, interleave(shape, call.w_q, scratch), {call.inputs.query, visible.token, visible.count},
-            query_scores + s * scores, own, scratch);
-  });
-  start_stretches(call, queries, state);
+    const auto take_row = [&] { return scratch.take<T>(width); };
+    T* const query_start = take_row();
+    T* const query_weights = scratch.take<T>(shape.scores<T>(visible.count));
+    queries.pool_stretch(
+        s, w_q, query_start, query_weights, visible.count,
+        [&](Index first, RowBlock<T>& block) {
+          for (Index r = 0; r < std::min<Index>(row_block, visible.count - first); ++r) {
+            const Index token = visible.token[first + r];
+            block.rows[r] = call.inputs.query.row(token);
+            block.later[r] = call.inputs.key.row(token);
+          }
+        },
+        scratch);
 
-  // The prefix means of a stretch's rows from where its pooling starts, leaving weights in place of the scores.
-  const auto prefix = [&](Index s, T* pools, T* score, Tokens<const T> rows, const Visible& visible, Tokens<T> means,
-                          Scratch& scratch) {
-    const Scratch::Scope scope(scratch);
-    const SoftmaxPool<T> from = SoftmaxPool<T>::at(scratch.take<T>(size), shape);
-    from.copy_from(pool_at(pools, s), shape);
-    prefix_weights(shape, score, visible.count, from, scratch);
-    prefix_means<T>(shape, score, rows, visible.at, from, means);
-  };
-  const auto rows_of = [&](Scratch& scratch) {
-    return Tokens<T>(scratch.take<T>(prefix_stretch * width), prefix_stretch, width, width);
-  };
+    // gq_t comes twice, here and for the rows of out: to keep the products would cost more.
+    T* const products = scratch.take<T>(2 * row_block * width);
+    T* const global_query = take_row();
+    std::copy_n(query_start, width, global_query);
+    T* const global_key = take_row();
+    T* const key_weights = scratch.take<T>(shape.scores<T>(visible.count));
+    bool seen = keys.pool_stretch(
+        s, w_k, global_key, key_weights, visible.count,
+        [&](Index first, RowBlock<T>& block) {
+          for (Index r = 0; r < std::min<Index>(row_block, visible.count - first); ++r) {
+            const Index token = visible.token[first + r];
+            T* const p = products + (first + r) % (2 * row_block) * width;
+            const T* const key = call.inputs.key.row(token);
+            advance_means(shape, query_weights + (first + r) * padded, call.inputs.query.row(token), global_query,
+                          [&](Index h) {
+                            return [k = key + key_shape.column(h), to = p + h * shape.dim]<class P>(
+                                       Index c, const P& mean) { pstoreu(to + c, pmul(mean, ploadu<P>(k + c))); };
+                          });
+            block.rows[r] = p;
+            block.later[r] = call.inputs.value.row(token);
+          }
+        },
+        scratch);
 
-  // gq_t comes twice, for p is needed twice: the weights are kept in place of the scores the first time.
-  call.work.for_each(stretches.count(), [&](Index s, Scratch& scratch) {
-    const Stretch& stretch = stretches[s];
-    const Visible visible(call, stretch);
-    const Tokens<T> p = rows_of(scratch).middle_rows(0, stretch.count);
-    prefix(s, queries, query_scores + s * scores, call.inputs.query.middle_rows(stretch.first, stretch.count), visible,
-           p, scratch);
-    multiply_keys(call, visible, p);
-    const SoftmaxPool<T> own = pool_at(keys, s);
-    own.start(shape);
-    pool<T>(shape, interleave(shape, call.w_k, scratch), {p, visible.row, visible.count}, key_scores + s * scores, own,
-            scratch);
-  });
-  start_stretches(call, keys, state == nullptr ? nullptr : state + size);
-
-  call.work.for_each(stretches.count(), [&](Index s, Scratch& scratch) {
-    const Stretch& stretch = stretches[s];
-    const Visible visible(call, stretch);
-    const Tokens<T> p = rows_of(scratch).middle_rows(0, stretch.count);
-    const Tokens<T> global_keys = rows_of(scratch).middle_rows(0, stretch.count);
-    const bool seen = pool_at(keys, s).sum[0] != T(0);
-    const Index first_seen = seen ? 0 : visible.count > 0 ? visible.row[0] : stretch.count;
     if (out.saved != nullptr) {
-      std::copy_n(pool_at(queries, s).mean, width, out.saved->query_means.row(s).data());
-      std::copy_n(pool_at(keys, s).mean, width, out.saved->key_means.row(s).data());
+      save(visible, query_weights, query_start, s, out.saved->query_weights, out.saved->query_means);
+      save(visible, key_weights, global_key, s, out.saved->key_weights, out.saved->key_means);
     }
-    const SoftmaxPool<T> query = pool_at(queries, s);
-    prefix_means<T>(shape, query_scores + s * scores, call.inputs.query.middle_rows(stretch.first, stretch.count),
-                    visible.at, query, p);
-    multiply_keys(call, visible, p);
-    prefix(s, keys, key_scores + s * scores, p, visible, global_keys, scratch);
-    for (Index i = 0; out.saved != nullptr && i < visible.count; ++i) {
-      const Index from = s * scores + i * padded;
-      std::copy_n(query_scores + from, padded, out.saved->query_weights.row(visible.token[i]).data());
-      std::copy_n(key_scores + from, padded, out.saved->key_weights.row(visible.token[i]).data());
-    }
-    write_rows(call, out, stretch, scratch, [&](Index token) {
-      const Index i = token - stretch.first;
-      return i < first_seen ? nullptr : global_keys.row(i);
+    const T* query_weight = query_weights;
+    const T* key_weight = key_weights;
+    std::copy_n(query_start, width, global_query);
+    // Rows are written while memory is asked for the queries of this thread's next stretch.
+    const Ahead ahead{0, call.work.threads() * prefix_stretch};
+    write_rows(call, out, stretches[s].first, stretches[s].count, ahead, scratch, [&](Index token) {
+      if (visible.at[token - stretches[s].first]) {
+        const T* const key = call.inputs.key.row(token);
+        advance_means(shape, query_weight, call.inputs.query.row(token), global_query, [&](Index h) {
+          return [k = key + key_shape.column(h), weight = key_weight[h], to = global_key + h * shape.dim]<class P>(
+                     Index c, const P& mean) { advance(P(pmul(mean, ploadu<P>(k + c))), weight, to + c); };
+        });
+        query_weight += padded;
+        key_weight += padded;
+        seen = true;
+      }
+      return seen ? global_key : nullptr;
     });
   });
 }
@@ -150,24 +170,31 @@ struct PrefixMeans {
               Scratch& scratch) {
     const PoolingShape shape = call.query_shape();
     const Index width = call.width();
-    const Index padded = shape.padded();
     const Stretch& stretch = call.stretches[s];
-    const SoftmaxPool<T> from = SoftmaxPool<T>::at(scratch.take<T>(SoftmaxPool<T>::size(shape)), shape);
-    T* const weights = scratch.take<T>(prefix_stretch * padded);
-    const auto prefix = [&](const Matrix<T>& token_weights, const Matrix<T>& start, Tokens<const T> rows) {
-      const Tokens<T> means(scratch.take<T>(stretch.count * width), stretch.count, width, width);
-      for (Index i = 0; i < visible.count; ++i) {
-        std::copy_n(token_weights.row(visible.token[i]).data(), padded, weights + i * padded);
+    const auto take_rows = [&] {
+      return Tokens<T>(scratch.take<T>(stretch.count * width), stretch.count, width, width);
+    };
+    const auto prefix = [&](const Matrix<T>& weights, const Matrix<T>& start, Tokens<const T> rows) {
+      const Tokens<T> means = take_rows();
+      const T* before = start.row(s).data();
+      for (Index i = 0; i < stretch.count; ++i) {
+        std::copy_n(before, width, means.row(i));
+        if (visible.at[i]) {
+          advance_means<T>(shape, weights.row(stretch.first + i).data(), rows.row(i), means.row(i),
+                           [](Index) { return [](Index, const auto&) {}; });
+        }
+        before = means.row(i);
       }
-      std::copy_n(start.row(s).data(), width, from.mean);
-      prefix_means<T>(shape, weights, rows, visible.at, from, means);
       return means;
     };
     query = prefix(saved.query_weights, saved.query_means, call.inputs.query.middle_rows(stretch.first, stretch.count));
     if (!keys) return;
-    p = Tokens<T>(scratch.take<T>(stretch.count * width), stretch.count, width, width);
-    std::copy_n(query.data(), stretch.count * width, p.data());
-    multiply_keys(call, visible, p);
+    p = take_rows();
+    for (Index i = 0; i < visible.count; ++i) {
+      const T* const none = nullptr;
+      const Index row = visible.row[i];
+      blend_row<T>(call.heads, query.row(row), call.inputs.key.row(visible.token[i]), none, p.row(row));
+    }
     key = prefix(saved.key_weights, saved.key_means, p);
   }
 };
@@ -317,7 +344,7 @@ void additive_prefix_backward(const AdditiveCall<T>& call, const AdditiveGradien
       for (Index i = 0; i < stretches[s].count; ++i) {
         const Index token = stretches[s].first + i;
         blend_row<T>(call.heads, reads_value(call, grad, token) ? mean.key.row(i) : nullptr,
-                     call.inputs.value.row(token), none, u.row(token), none, none);
+                     call.inputs.value.row(token), none, u.row(token));
       }
     });
     transform_weights_backward(call, grad, [&](Index token, const Stretch&, Index first, Index count, T* to) {

@@ -11,59 +11,61 @@ namespace detail {
 //
 //   mean_i = mean_(i-1) + w_i (x_i - mean_(i-1))
 
-/// The prefix form: what each row weighs in the softmax that ends with it, weight_i = 2^(score_i - max_i) / sum_i over
-/// the rows up to i. Takes `count` rows of scores to their weights, in place; state.max and state.sum move on.
+/// What each row weighs in the softmax that ends with it, weight_i = 2^(score_i - max_i) / sum_i over the rows up to i.
+/// Takes `count` rows of scores to their weights, in place; state.max and state.sum move on.
 template <class T>
-void prefix_weights(const PoolingShape& shape, T* scores, Index count, SoftmaxPool<T> state, Scratch& scratch) {
+void prefix_weights(const PoolingShape& shape, T* scores, Index count, const SoftmaxPool<T>& state, Scratch& scratch) {
   const Scratch::Scope scope(scratch);
+  using P = HeadPacket<T>;
+  constexpr int width = Eigen::internal::unpacket_traits<P>::size;
   const Index padded = shape.padded();
-  // Of 2^(old max - max) and 2^(score - max) one is 1 and the other 2^-|score - old max|.
-  T* const smaller = scratch.take<T>(shape.scores<T>(count));
-  T* const old_max = scratch.take<T>(padded);
-  std::copy_n(state.max, padded, old_max);
-  for (Index i = 0; i < count * padded; i += padded) {
-    for (Index h = 0; h < padded; ++h) {
-      const T score = scores[i + h];
-      const T max = state.max[h];
-      smaller[i + h] = score == max ? T(0) : -std::abs(score - max);
-      state.max[h] = std::max(max, score);
+  T* const keep = scratch.take<T>(shape.scores<T>(count));
+  for (Index h = 0; h < padded; h += width) {
+    P max = ploadu<P>(state.max + h);
+    for (Index at = h; at < count * padded; at += padded) {
+      const P score = ploadu<P>(scores + at);
+      const P larger = pmax(max, score);
+      const P shift = pselect(pcmp_eq(larger, pset1<P>(-infinity<T>)), pset1<P>(T(0)), larger);
+      pstoreu(scores + at, psub(score, shift));
+      pstoreu(keep + at, psub(max, shift));
+      max = larger;
     }
+    pstoreu(state.max + h, max);
   }
-  exp2_in_place(smaller, count * padded);
-  for (Index i = 0; i < count * padded; i += padded) {
-    for (Index h = 0; h < padded; ++h) {
-      const T score = scores[i + h];
-      const bool larger = score > old_max[h];
-      const T kept = larger ? state.sum[h] * smaller[i + h] : state.sum[h];
-      const T own = larger ? T(1) : score == -infinity<T> ? T(0) : smaller[i + h];
-      old_max[h] = std::max(old_max[h], score);
-      state.sum[h] = kept + own;
-      scores[i + h] = state.sum[h] == T(0) ? T(0) : own / state.sum[h];
+  exp2_in_place(scores, count * padded);
+  exp2_in_place(keep, count * padded);
+  for (Index h = 0; h < padded; h += width) {
+    P sum = ploadu<P>(state.sum + h);
+    for (Index at = h; at < count * padded; at += padded) {
+      const P own = ploadu<P>(scores + at);
+      sum = pmadd(ploadu<P>(keep + at), sum, own);
+      const P none = pset1<P>(T(0));
+      pstoreu(scores + at, pselect(pcmp_eq(sum, none), none, Eigen::internal::pdiv(own, sum)));
     }
+    pstoreu(state.sum + h, sum);
   }
 }
 
-/// The means up to each row: mean_i = mean_(i-1) + weight_i (x_i - mean_(i-1)). A row that is not `visible` is not read
-/// and changes nothing; `weights` holds those of the visible rows. state.mean moves on.
-template <class T>
-void prefix_means(const PoolingShape& shape, const T* weights, Tokens<const T> rows, const bool* visible,
-                  SoftmaxPool<T> state, Tokens<T> means) {
-  const Index padded = shape.padded();
-  for (Index h = 0; h < shape.heads; ++h) {
-    const Index column = shape.column(h);
-    for_each_packet<T>(shape.dim, [&](auto by, Index c) {
+/// One step of the prefix means, mean_i = mean_(i-1) + weight_i (x_i - mean_(i-1)), in vectors or numbers.
+template <class P, class T>
+NEARFAR_INLINE P advance(const P& x, const T& weight, T* mean) {
+  const P before = ploadu<P>(mean);
+  const P now = pmadd(pset1<P>(weight), psub(x, before), before);
+  pstoreu(mean, now);
+  return now;
+}
+
+/// Takes row x_i into the prefix means, one column of x to each of theirs. then(head) gives what is called with each
+/// packet of the head's mean_i, and its first column counted from the head's.
+template <class T, class Then>
+NEARFAR_INLINE void advance_means(const PoolingShape& shape, const T* weight, const T* x, T* mean, Then&& then) {
+  const Index dim = shape.dim;
+  for (Index h = 0; h < shape.heads; ++h, x += dim, mean += dim) {
+    const T share = weight[h];
+    const auto use = then(h);
+    for_each_packet<T>(dim, [=](auto by, Index c) {
       using P = typename decltype(by)::template Of<T>;
-      const Index at = h * shape.dim + c;
-      P mean = ploadu<P>(state.mean + at);
-      const T* weight = weights + h;
-      for (Index i = 0; i < means.rows(); ++i) {
-        if (visible[i]) {
-          mean = pmadd(pset1<P>(*weight), psub(ploadu<P>(rows.row(i) + column + c), mean), mean);
-          weight += padded;
-        }
-        pstoreu(means.row(i) + at, mean);
-      }
-      pstoreu(state.mean + at, mean);
+      use(c, advance(ploadu<P>(x + c), share, mean + c));
     });
   }
 }

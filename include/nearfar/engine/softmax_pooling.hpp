@@ -25,11 +25,8 @@ namespace detail {
 inline constexpr int head_block = vector_registers >= 32 ? 8 : 4;
 inline constexpr int row_block = 3;
 
-/// Rows whose scores enter the softmax together.
-inline constexpr Index pooling_tile = 3 * row_block;
-
 /// How many rows ahead memory is asked for.
-inline constexpr Index prefetch_rows = 4 * row_block;
+inline constexpr Index prefetch_rows = 2 * row_block;
 
 /// The heads of a pooling. Heads share the columns of a row in groups, as query heads share a key head.
 struct PoolingShape {
@@ -39,7 +36,7 @@ struct PoolingShape {
   bool own_columns = false;  ///< whether a head's score sees its own columns alone; other weights are then not read
 
   Index cols() const { return heads / group * dim; }
-  Index column(Index head) const { return head / group * dim; }
+  Index column(Index head) const { return group == 1 ? head * dim : head / group * dim; }
 
   /// The means of all heads, side by side.
   Index width() const { return heads * dim; }
@@ -47,10 +44,10 @@ struct PoolingShape {
   /// Scores and weights of a row are padded to whole blocks of heads; the weights of padding are zero.
   Index padded() const { return round_up(heads, head_block); }
 
-  /// Room for the scores of `rows` rows, and for the vector that runs over their end.
+  /// Room for the scores of `rows` rows, rounded up to whole blocks, and for the vector that runs over their end.
   template <class T>
   Index scores(Index rows) const {
-    return round_up(rows * padded(), lanes<T>);
+    return round_up(round_up(rows, row_block) * padded(), lanes<T>);
   }
 };
 
@@ -65,12 +62,13 @@ struct RowList {
   RowList part(Index first, Index length) const { return {rows, number + first, std::min(length, count - first)}; }
 };
 
-/// Where a pooling stands: max and sum of each head (-infinity and 0 before any row) and the mean so far.
+/// Where a pooling stands: of each head the maximum of the scores (-infinity before any row), and with weights
+/// 2^(score - max) their sum and the sum of the weighted rows.
 template <class T>
 struct SoftmaxPool {
-  T* max;   // padded heads
-  T* sum;   // padded heads
-  T* mean;  // heads x dim
+  T* max;    // padded heads
+  T* sum;    // padded heads
+  T* total;  // heads x dim
 
   static Index size(const PoolingShape& shape) { return 2 * shape.padded() + shape.width(); }
 
@@ -81,29 +79,37 @@ struct SoftmaxPool {
   void start(const PoolingShape& shape) const {
     std::fill_n(max, shape.padded(), -infinity<T>);
     std::fill_n(sum, shape.padded(), T(0));
-    std::fill_n(mean, shape.width(), T(0));
+    std::fill_n(total, shape.width(), T(0));
   }
 
   void copy_from(const SoftmaxPool& other, const PoolingShape& shape) const {
     std::copy_n(other.max, size(shape), max);
   }
 
-  /// Joins a pooling of other rows: mean = (sum mean + sum' mean') / (sum + sum'), both sums at the larger maximum.
+  /// Joins a pooling of other rows, both sums taken at the larger maximum.
   void merge(const SoftmaxPool& other, const PoolingShape& shape) const {
     for (Index h = 0; h < shape.heads; ++h) {
       if (other.sum[h] == T(0)) continue;
       const T larger = std::max(max[h], other.max[h]);
-      const T mine = sum[h] * std::exp2(max[h] - larger);
-      const T theirs = other.sum[h] * std::exp2(other.max[h] - larger);
+      const T mine = std::exp2(max[h] - larger);
+      const T theirs = std::exp2(other.max[h] - larger);
       max[h] = larger;
-      sum[h] = mine + theirs;
-      const T share = theirs / sum[h];
-      T* to = mean + h * shape.dim;
-      const T* from = other.mean + h * shape.dim;
-      for (Index c = 0; c < shape.dim; ++c) to[c] += share * (from[c] - to[c]);
+      sum[h] = mine * sum[h] + theirs * other.sum[h];
+      for (Index c = h * shape.dim; c < (h + 1) * shape.dim; ++c) total[c] = mine * total[c] + theirs * other.total[c];
+    }
+  }
+
+  /// The weighted means; zero where no row was shown.
+  void means(const PoolingShape& shape, T* to) const {
+    for (Index h = 0; h < shape.heads; ++h) {
+      for (Index c = h * shape.dim; c < (h + 1) * shape.dim; ++c) to[c] = sum[h] == T(0) ? T(0) : total[c] / sum[h];
     }
   }
 };
+
+/// Vectors of heads: no wider than a block.
+template <class T>
+using HeadPacket = typename Eigen::internal::find_best_packet<T, head_block>::type;
 
 template <class T>
 T exp2_of_difference(T x, T max) {
@@ -116,24 +122,16 @@ void exp2_in_place(T* x, Index count) {
   for (Index i = 0; i < count; i += lanes<T>) pstoreu(x + i, exp2<T>(ploadu<Packet<T>>(x + i)));
 }
 
-/// to[i] = the sum over the lanes of vectors[i]. Several sums at once are cheaper than one by one: after a
-/// transposition they are sums of whole vectors.
+/// to[i] = the sum over the lanes of vectors[i]: several at a time, which is cheaper than one by one.
 template <int Count, class P, class T>
-NEARFAR_INLINE void sum_lanes(const P (&vectors)[Count], T* to) {
+NEARFAR_INLINE void sum_vectors(P (&vectors)[Count], T* to) {
   constexpr int width = Eigen::internal::unpacket_traits<P>::size;
   if constexpr (Count >= 4 && width == 2 * Count) {
     typename Eigen::internal::unpacket_traits<P>::half halves[Count];
     NEARFAR_UNROLL for (int i = 0; i < Count; ++i) halves[i] = Eigen::internal::predux_half_dowto4(vectors[i]);
-    sum_lanes(halves, to);
+    sum_vectors(halves, to);
   } else if constexpr (width > 1 && Count % width == 0) {
-    NEARFAR_UNROLL for (int first = 0; first < Count; first += width) {
-      Eigen::internal::PacketBlock<P, width> block;
-      NEARFAR_UNROLL for (int i = 0; i < width; ++i) block.packet[i] = vectors[first + i];
-      ptranspose(block);
-      P sum = block.packet[0];
-      NEARFAR_UNROLL for (int i = 1; i < width; ++i) sum = padd(sum, block.packet[i]);
-      pstoreu(to + first, sum);
-    }
+    NEARFAR_UNROLL for (int first = 0; first < Count; first += width) pstoreu(to + first, sum_lanes(vectors + first));
   } else {
     NEARFAR_UNROLL for (int i = 0; i < Count; ++i) to[i] = predux(vectors[i]);
   }
@@ -156,10 +154,11 @@ void for_each_interleaved(const PoolingShape& shape, Visit&& visit) {
   }
 }
 
-template <class T>
-const T* interleave(const PoolingShape& shape, const T* weights, Scratch& scratch) {
+/// `memory` is what it takes memory of.
+template <class T, class Memory>
+const T* interleave(const PoolingShape& shape, const T* weights, Memory& memory) {
   if (shape.own_columns) return weights;
-  T* const to = scratch.take<T>(shape.padded() * shape.cols());
+  T* const to = memory.template take<T>(shape.padded() * shape.cols());
   for_each_interleaved<T>(shape, [&](Index place, Index h, Index c) { to[place] = weights[h * shape.cols() + c]; });
   return to;
 }
@@ -174,36 +173,49 @@ void undo_interleave(const PoolingShape& shape, const T* interleaved, T* weights
   }
 }
 
-/// scores(r, h) = weights(h) . rows[r] over `cols` columns, for `Rows` rows and `Heads` heads at once. Meanwhile asks
-/// for what lies `ahead` numbers behind the rows.
-template <int Rows, int Heads, class T>
-NEARFAR_INLINE void score_block(const T* const (&rows)[Rows], Index ahead, const T* weights, Index cols, T* scores,
-                                Index padded) {
-  Packet<T> sum[Rows][Heads];
-  NEARFAR_UNROLL for (int r = 0; r < Rows; ++r) {
+/// Rows that are shown to a pooling together, and rows to ask memory for meanwhile.
+template <class T>
+struct RowBlock {
+  const T* rows[row_block];
+  const T* later[row_block];
+};
+
+/// The row that memory is asked for while row i is at work.
+template <class T>
+const T* later_row(const Tokens<const T>& rows, Index i) {
+  return rows.row(std::min(i + prefetch_rows, rows.rows() - 1));
+}
+
+/// scores(r, h) = weights(h) . rows[r] over `cols` columns, for `Heads` heads at once. Meanwhile asks for the later
+/// rows and does what along(c) gives, for every `segment` of columns, with each vector of them.
+template <int Heads, class T, class Along>
+NEARFAR_INLINE void score_block(const RowBlock<T>& block, const T* weights, Index cols, T* scores, Index padded,
+                                Index segment, Along&& along) {
+  const auto& rows = block.rows;
+  Packet<T> sum[row_block][Heads];
+  NEARFAR_UNROLL for (int r = 0; r < row_block; ++r) {
     NEARFAR_UNROLL for (int h = 0; h < Heads; ++h) sum[r][h] = pset1<Packet<T>>(T(0));
   }
+  const Index in_vectors = cols / lanes<T> * lanes<T>;
   Index c = 0;
-  for (; c + lanes<T> <= cols; c += lanes<T>) {
-    Packet<T> x[Rows];
-    NEARFAR_UNROLL for (int r = 0; r < Rows; ++r) {
-      x[r] = ploadu<Packet<T>>(rows[r] + c);
-      prefetch_far(rows[r] + c + ahead);
-    }
-    NEARFAR_UNROLL for (int h = 0; h < Heads; ++h, weights += lanes<T>) {
-      Packet<T> w = ploadu<Packet<T>>(weights);
-      // Without it a compiler may read w from memory once for each row: the loads would outweigh the multiply-adds.
-      EIGEN_OPTIMIZATION_BARRIER(w)
-      NEARFAR_UNROLL for (int r = 0; r < Rows; ++r) sum[r][h] = pmadd(x[r], w, sum[r][h]);
+  while (c < in_vectors) {
+    const auto besides = along(c);
+    for (const Index end = std::min(c + segment, in_vectors); c < end; c += lanes<T>) {
+      Packet<T> x[row_block];
+      NEARFAR_UNROLL for (int r = 0; r < row_block; ++r) {
+        x[r] = ploadu<Packet<T>>(rows[r] + c);
+        prefetch_far(block.later[r] + c);
+      }
+      NEARFAR_UNROLL for (int h = 0; h < Heads; ++h, weights += lanes<T>) {
+        const Packet<T> w = load_once<Packet<T>>(weights);
+        NEARFAR_UNROLL for (int r = 0; r < row_block; ++r) sum[r][h] = pmadd(x[r], w, sum[r][h]);
+      }
+      besides(c);
     }
   }
-  NEARFAR_UNROLL for (int r = 0; r < Rows; ++r) {
-    Packet<T> row[Heads];
-    NEARFAR_UNROLL for (int h = 0; h < Heads; ++h) row[h] = sum[r][h];
-    sum_lanes(row, scores + r * padded);
-  }
+  NEARFAR_UNROLL for (int r = 0; r < row_block; ++r) sum_vectors(sum[r], scores + r * padded);
   for (; c < cols; ++c, weights += Heads) {
-    for (int r = 0; r < Rows; ++r) {
+    for (int r = 0; r < row_block; ++r) {
       for (int h = 0; h < Heads; ++h) scores[r * padded + h] += rows[r][c] * weights[h];
     }
   }
@@ -222,104 +234,126 @@ NEARFAR_INLINE void for_each_head_block(const PoolingShape& shape, Visit&& visit
   }
 }
 
-/// scores(i, h) = w_h . x_i for the rows [first, first + count) of the list. `weights` are interleaved, unless heads
-/// see their own columns alone.
+/// The weighted sums of one block of rows, total_h = keep_h total_h + sum_r weight_rh rows[r]: best taken while the
+/// scores of the next block are computed, whose multiply-adds leave time to load.
 template <class T>
-void score_rows(const PoolingShape& shape, const T* weights, const RowList<const T>& list, Index first, Index count,
-                T* scores) {
-  const Index padded = shape.padded();
-  if (shape.own_columns) std::fill_n(scores, count * padded, T(0));
-  for_each_head_block(shape, [&](auto block, Index h, Index column, Index cols) {
-    constexpr int heads = decltype(block)::value;
-    const T* const w = weights + h * shape.cols() + column;
-    const auto score = [&](auto several, Index i) {
-      constexpr int rows = decltype(several)::value;
-      const T* now[rows];
-      for (int r = 0; r < rows; ++r) now[r] = list[first + i + r] + column;
-      const Index later = list.number[std::min(first + i + prefetch_rows, list.count - 1)];
-      const Index ahead = (later - list.number[first + i]) * list.rows.stride();
-      score_block<rows, heads>(now, ahead, w, cols, scores + i * padded + h, padded);
-    };
-    Index i = 0;
-    for (; i + row_block <= count; i += row_block) score(std::integral_constant<int, row_block>{}, i);
-    for (; i < count; ++i) score(std::integral_constant<int, 1>{}, i);
-  });
-}
+struct WeightedSum {
+  const T* rows[row_block];
+  const T* weights;  ///< row_block x padded, and behind them what each head keeps
+  T* total;
 
-/// mean = keep mean + sum_i share_i rows[i], for `Vectors` vectors (or numbers) of columns.
-template <class P, int Vectors, class T>
-NEARFAR_INLINE void blend(const T* const* rows, Index count, const T* share, Index share_stride, T keep, Index column,
-                          T* mean) {
-  constexpr Index width = Eigen::internal::unpacket_traits<P>::size;
-  P sum[Vectors];
-  NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) sum[v] = pmul(pset1<P>(keep), ploadu<P>(mean + v * width));
-  for (Index i = 0; i < count; ++i) {
-    const P own = pset1<P>(share[i * share_stride]);
-    NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) {
-      sum[v] = pmadd(own, ploadu<P>(rows[i] + column + v * width), sum[v]);
-    }
+  /// What takes a packet of the head's columns, given its first, to the sum.
+  auto head(const PoolingShape& shape, Index h) const {
+    const Index padded = shape.padded();
+    const Index column = shape.column(h);
+    const T* const keep = weights + row_block * padded + h;
+    return
+        [r0 = rows[0] + column, r1 = rows[1] + column, r2 = rows[2] + column, w0 = weights[h], w1 = weights[padded + h],
+         w2 = weights[2 * padded + h], keep = *keep, to = total + h * shape.dim](auto by, Index c) {
+          using P = typename decltype(by)::template Of<T>;
+          P sum = pmul(pset1<P>(keep), ploadu<P>(to + c));
+          sum = pmadd(pset1<P>(w0), ploadu<P>(r0 + c), sum);
+          sum = pmadd(pset1<P>(w1), ploadu<P>(r1 + c), sum);
+          pstoreu(to + c, pmadd(pset1<P>(w2), ploadu<P>(r2 + c), sum));
+        };
   }
-  NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) pstoreu(mean + v * width, sum[v]);
+};
+
+/// scores(r, h) = w_h . rows[r], with interleaved weights, and the sums of the block before.
+template <class T>
+NEARFAR_INLINE void score_rows(const PoolingShape& shape, const T* weights, const RowBlock<T>& block, T* scores,
+                               const WeightedSum<T>& sums) {
+  // Side by side where the vectors of the rows' columns are those of the totals.
+  const bool side_by_side = shape.group == 1 && shape.dim % lanes<T> == 0;
+  for_each_head_block(shape, [&](auto together, Index h, Index column, Index cols) {
+    constexpr int heads = decltype(together)::value;
+    RowBlock<T> seen = block;
+    for (const T*& row : seen.rows) row += column;
+    for (const T*& row : seen.later) row += column;
+    const auto score = [&](Index segment, auto&& along) {
+      score_block<heads>(seen, weights + h * shape.cols() + column, cols, scores + h, shape.padded(), segment, along);
+    };
+    if (side_by_side && (h == 0 || shape.own_columns)) {
+      score(shape.dim, [&, head = h](Index first) mutable {
+        return [sum = sums.head(shape, head++), first](Index c) { sum(ByVectors{}, c - first); };
+      });
+    } else {
+      score(cols, [](Index) { return [](Index) {}; });
+    }
+  });
+  for (Index h = 0; h < shape.heads && !side_by_side; ++h) {
+    for_each_packet<T>(shape.dim, sums.head(shape, h));
+  }
 }
 
-/// Shows the rows of the list to the pooling, with interleaved weights. `scores` (shape.scores(list.count) numbers) is
-/// left holding the scores.
+/// Takes the scores of one block of rows into max and sum. weights gets 2^(score - max), and behind them what the old
+/// sums keep of themselves, 2^(old max - max).
 template <class T>
-void pool(const PoolingShape& shape, const T* weights, const RowList<const T>& list, T* scores, SoftmaxPool<T> state,
+NEARFAR_INLINE void weigh_rows(const PoolingShape& shape, const T* scores, const SoftmaxPool<T>& state, T* weights) {
+  using P = HeadPacket<T>;
+  const Index padded = shape.padded();
+  for (Index h = 0; h < padded; h += Eigen::internal::unpacket_traits<P>::size) {
+    P x[row_block + 1];
+    for (int r = 0; r < row_block; ++r) x[r] = ploadu<P>(scores + r * padded + h);
+    x[row_block] = ploadu<P>(state.max + h);
+    const P max = pmax(pmax(x[0], x[1]), pmax(x[2], x[3]));
+    pstoreu(state.max + h, max);
+    const P shift = pselect(pcmp_eq(max, pset1<P>(-infinity<T>)), pset1<P>(T(0)), max);
+    for (int r = 0; r <= row_block; ++r) x[r] = psub(x[r], shift);
+    exp2<T>(x);
+    for (int r = 0; r <= row_block; ++r) pstoreu(weights + r * padded + h, x[r]);
+    pstoreu(state.sum + h, pmadd(x[row_block], ploadu<P>(state.sum + h), padd(padd(x[0], x[1]), x[2])));
+  }
+}
+
+/// Shows `count` rows to the pooling, with interleaved weights. show(first, block) gives the rows from `first` on, as
+/// many as there are in a block; they must stay until the next but one is asked for. `scores` (shape.scores(count)
+/// numbers) is left holding the scores.
+template <class T, class Show>
+void pool(const PoolingShape& shape, const T* weights, Index count, Show&& show, T* scores, const SoftmaxPool<T>& state,
           Scratch& scratch) {
   const Scratch::Scope scope(scratch);
   const Index padded = shape.padded();
-  using P = typename Eigen::internal::find_best_packet<T, head_block>::type;
-  constexpr int width = Eigen::internal::unpacket_traits<P>::size;
-  T* const share = scratch.take<T>(shape.scores<T>(pooling_tile + 1));
-  for (Index first = 0; first < list.count; first += pooling_tile) {
-    const Index count = std::min(pooling_tile, list.count - first);
+  const Index room = shape.scores<T>(row_block + 1);
+  // Two blocks' weights, for the rows of one are summed while the next is scored.
+  T* now = scratch.take<T>(room);
+  T* before = scratch.take<T>(room);
+  // Rows of zeros fill up the last block, and stand for the one before the first.
+  T* const zeros = scratch.take<T>(shape.cols());
+  std::fill_n(zeros, shape.cols(), T(0));
+  std::fill_n(before, room, T(1));
+  RowBlock<T> nothing;
+  std::fill_n(nothing.rows, row_block, zeros);
+  std::fill_n(nothing.later, row_block, zeros);
+  WeightedSum<T> sums{{zeros, zeros, zeros}, before, state.total};
+  for (Index first = 0; first < count; first += row_block) {
+    RowBlock<T> block = nothing;
+    show(first, block);
     T* const score = scores + first * padded;
-    T* const keep = share + count * padded;
-    score_rows(shape, weights, list, first, count, score);
-
-    // The old mean keeps sum' / sum of its weight, and row i gets 2^(score_i - max) / sum.
-    for (Index h = 0; h < padded; h += width) {
-      const P old = ploadu<P>(state.max + h);
-      P larger = old;
-      for (Index i = 0; i < count; ++i) larger = pmax(larger, ploadu<P>(score + i * padded + h));
-      pstoreu(state.max + h, larger);
-      const P none = pset1<P>(-infinity<T>);
-      const P shift = pselect(pcmp_eq(larger, none), pset1<P>(T(0)), larger);
-      for (Index i = 0; i < count; ++i) {
-        pstoreu(share + i * padded + h, psub(ploadu<P>(score + i * padded + h), shift));
-      }
-      pstoreu(keep + h, psub(old, shift));
-    }
-    exp2_in_place(share, (count + 1) * padded);
-    for (Index h = 0; h < padded; h += width) {
-      const P old = pmul(ploadu<P>(state.sum + h), ploadu<P>(keep + h));
-      P sum = old;
-      for (Index i = 0; i < count; ++i) sum = padd(sum, ploadu<P>(share + i * padded + h));
-      pstoreu(state.sum + h, sum);
-      const P zero = pset1<P>(T(0));
-      const P inverse = pselect(pcmp_eq(sum, zero), zero, Eigen::internal::pdiv(pset1<P>(T(1)), sum));
-      for (Index i = 0; i <= count; ++i) {
-        const P weight = i < count ? ploadu<P>(share + i * padded + h) : old;
-        pstoreu(share + i * padded + h, pmul(weight, inverse));
-      }
-    }
-    const T* rows[pooling_tile];
-    for (Index i = 0; i < count; ++i) rows[i] = list[first + i];
-    for (Index h = 0; h < shape.heads; ++h) {
-      constexpr int vectors = 4;
-      const auto columns = [&](auto by, auto several, Index c) {
-        using V = typename decltype(by)::template Of<T>;
-        blend<V, several>(rows, count, share + h, padded, keep[h], shape.column(h) + c, state.mean + h * shape.dim + c);
-      };
-      Index c = 0;
-      for (; c + vectors * lanes<T> <= shape.dim; c += vectors * lanes<T>) {
-        columns(ByVectors{}, std::integral_constant<int, vectors>{}, c);
-      }
-      for (; c + lanes<T> <= shape.dim; c += lanes<T>) columns(ByVectors{}, std::integral_constant<int, 1>{}, c);
-      for (; c < shape.dim; ++c) columns(ByNumbers{}, std::integral_constant<int, 1>{}, c);
-    }
+    score_rows(shape, weights, block, score, sums);
+    const Index shown = std::min<Index>(row_block, count - first);
+    std::fill_n(score + shown * padded, (row_block - shown) * padded, -infinity<T>);
+    weigh_rows(shape, score, state, now);
+    sums = {{block.rows[0], block.rows[1], block.rows[2]}, now, state.total};
+    std::swap(now, before);
   }
+  for (Index h = 0; h < shape.heads; ++h) for_each_packet<T>(shape.dim, sums.head(shape, h));
+}
+
+/// The rows of a list.
+template <class T>
+void pool(const PoolingShape& shape, const T* weights, const RowList<const T>& list, T* scores,
+          const SoftmaxPool<T>& state, Scratch& scratch) {
+  pool(
+      shape, weights, list.count,
+      [&](Index first, RowBlock<T>& block) {
+        for (Index r = 0; r < std::min<Index>(row_block, list.count - first); ++r) {
+          const Index later = first + r + prefetch_rows;
+          block.rows[r] = list[first + r];
+          block.later[r] = later < list.count ? list[later] : later_row(list.rows, list.number[first + r]);
+        }
+      },
+      scores, state, scratch);
 }
 
 }  // namespace detail

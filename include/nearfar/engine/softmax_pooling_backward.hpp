@@ -8,6 +8,9 @@ namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
 namespace detail {
 
+/// Rows that the backward pass takes at a time: they stay in the first-level cache.
+inline constexpr Index pooling_tile = 3 * row_block;
+
 /// grad[r] += sum_h grad_scores(r, h) weights(h) and grad_weights(h) += sum_r grad_scores(r, h) x[r], over `cols`
 /// columns.
 template <int Rows, int Heads, class T>

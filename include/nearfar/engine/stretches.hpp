@@ -4,6 +4,7 @@
 #include <nearfar/mask.hpp>
 
 #include <algorithm>
+#include <atomic>
 
 namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
@@ -53,6 +54,42 @@ class Stretches {
   Index sequences_;
   Index* begin_;
   Stretch* stretches_;
+};
+
+/// The stretches of each sequence take turns in their order, while the rest of what their tasks do runs side by side.
+/// Tasks must be started in the order of stretches: then some task can always go on.
+class Turns {
+ public:
+  Turns(Work& work, const Stretches& stretches)
+      : stretches_(stretches), passed_(work.take<Index>(stretches.sequences())) {
+    std::fill_n(passed_, stretches.sequences(), Index{0});
+  }
+
+  /// Calls body() when all stretches before s in its sequence have had their turn.
+  template <class Body>
+  void take(Index s, Body&& body) const {
+    const Turn turn(*this, s);
+    body();
+  }
+
+ private:
+  struct Turn {
+    Turn(const Turns& turns, Index s)
+        : passed(turns.passed_[turns.stretches_[s].sequence]),
+          mine(s - turns.stretches_.of(turns.stretches_[s].sequence).first) {
+      for (Index now; (now = passed.load(std::memory_order_acquire)) != mine;)
+        passed.wait(now, std::memory_order_acquire);
+    }
+    ~Turn() {
+      passed.store(mine + 1, std::memory_order_release);
+      passed.notify_all();
+    }
+    std::atomic_ref<Index> passed;
+    Index mine;
+  };
+
+  const Stretches& stretches_;
+  Index* passed_;
 };
 
 /// Tokens that are only read are read in turn from this many places of a stretch, its strands: memory serves one reader
