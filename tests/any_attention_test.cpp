@@ -387,7 +387,7 @@ class Constant {
 template <>
 struct nearfar::LineFormat<ConstantOptions> {
   static constexpr std::string_view name = "constant";
-  static constexpr std::array options = {nearfar::line_option<&ConstantOptions::value>("value")};
+  static constexpr auto options() { return std::array{nearfar::line_option<&ConstantOptions::value>("value")}; }
 };
 
 namespace {

@@ -65,7 +65,8 @@ struct ValueText<std::vector<AnyFeatureMap>> {
 }  // namespace detail
 
 /// How a line of AnyAttention writes the mechanism of these Options: its name, and a table of its options, from which
-/// they are read, printed and listed in errors. Specialise it for a mechanism of your own.
+/// they are read, printed and listed in errors. Specialise it for a mechanism of your own. (The tables below are
+/// templates so that only a program that reads lines pays for compiling them; yours need not be one.)
 template <class Options>
 struct LineFormat;
 
@@ -74,81 +75,91 @@ using detail::LineOption;
 
 template <>
 struct LineFormat<SoftmaxOptions> {
-  using Options = SoftmaxOptions;
   static constexpr std::string_view name = "softmax";
-  static constexpr std::array options = {line_option<&Options::causal>("causal"),
-                                         line_option<&Options::scale>("scale")};
+  template <class O = SoftmaxOptions>
+  static constexpr auto options() {
+    return std::array{line_option<&O::causal>("causal"), line_option<&O::scale>("scale")};
+  }
 };
 
 template <>
 struct LineFormat<BandedOptions> {
-  using Options = BandedOptions;
   static constexpr std::string_view name = "banded";
-  static constexpr std::array options = {
-      line_option<&Options::window, &Window::left>("left"), line_option<&Options::window, &Window::right>("right"),
-      line_option<&Options::causal>("causal"), line_option<&Options::scale>("scale")};
+  template <class O = BandedOptions>
+  static constexpr auto options() {
+    return std::array{line_option<&O::window, &Window::left>("left"), line_option<&O::window, &Window::right>("right"),
+                      line_option<&O::causal>("causal"), line_option<&O::scale>("scale")};
+  }
 };
 
 template <>
 struct LineFormat<LinearOptions> {
-  using Options = LinearOptions;
   static constexpr std::string_view name = "linear";
-  static constexpr std::array options = {
-      line_option<&Options::feature_maps>("maps"), line_option<&Options::causal>("causal"),
-      line_option<&Options::normalizer>("normalizer"), line_option<&Options::eps>("eps"),
-      line_option<&Options::normalize_features>("normalize_features")};
+  template <class O = LinearOptions>
+  static constexpr auto options() {
+    return std::array{line_option<&O::feature_maps>("maps"), line_option<&O::causal>("causal"),
+                      line_option<&O::normalizer>("normalizer"), line_option<&O::eps>("eps"),
+                      line_option<&O::normalize_features>("normalize_features")};
+  }
 };
 
 template <>
 struct LineFormat<NystromOptions> {
-  using Options = NystromOptions;
   static constexpr std::string_view name = "nystrom";
-  static constexpr std::array options = {line_option<&Options::landmarks>("landmarks"),
-                                         line_option<&Options::scale>("scale"),
-                                         line_option<&Options::tolerance>("tolerance")};
+  template <class O = NystromOptions>
+  static constexpr auto options() {
+    return std::array{line_option<&O::landmarks>("landmarks"), line_option<&O::scale>("scale"),
+                      line_option<&O::tolerance>("tolerance")};
+  }
 };
 
 template <>
 struct LineFormat<FmmOptions> {
-  using Options = FmmOptions;
   static constexpr std::string_view name = "fmm";
-  static constexpr std::array options = {line_option<&Options::window, &Window::left>("left"),
-                                         line_option<&Options::window, &Window::right>("right"),
-                                         line_option<&Options::feature_maps>("maps"),
-                                         line_option<&Options::causal>("causal"),
-                                         line_option<&Options::scale>("scale"),
-                                         line_option<&Options::normalizer>("normalizer"),
-                                         line_option<&Options::eps>("eps"),
-                                         line_option<&Options::normalize_features>("normalize_features"),
-                                         line_option<&Options::gate>("gate"),
-                                         line_option<&Options::weights>("weights")};
+  template <class O = FmmOptions>
+  static constexpr auto options() {
+    return std::array{line_option<&O::window, &Window::left>("left"),
+                      line_option<&O::window, &Window::right>("right"),
+                      line_option<&O::feature_maps>("maps"),
+                      line_option<&O::causal>("causal"),
+                      line_option<&O::scale>("scale"),
+                      line_option<&O::normalizer>("normalizer"),
+                      line_option<&O::eps>("eps"),
+                      line_option<&O::normalize_features>("normalize_features"),
+                      line_option<&O::gate>("gate"),
+                      line_option<&O::weights>("weights")};
+  }
 };
 
 template <>
 struct LineFormat<AdditiveOptions> {
-  using Options = AdditiveOptions;
   static constexpr std::string_view name = "additive";
-  static constexpr std::array options = {line_option<&Options::causal>("causal"),
-                                         line_option<&Options::scale>("scale"),
-                                         line_option<&Options::per_head_weights>("per_head_weights"),
-                                         line_option<&Options::bias>("bias"),
-                                         line_option<&Options::transform>("transform"),
-                                         line_option<&Options::add_query>("add_query")};
+  template <class O = AdditiveOptions>
+  static constexpr auto options() {
+    return std::array{line_option<&O::causal>("causal"),
+                      line_option<&O::scale>("scale"),
+                      line_option<&O::per_head_weights>("per_head_weights"),
+                      line_option<&O::bias>("bias"),
+                      line_option<&O::transform>("transform"),
+                      line_option<&O::add_query>("add_query")};
+  }
 };
 
 template <>
 struct LineFormat<MultipoleOptions> {
-  using Options = MultipoleOptions;
   static constexpr std::string_view name = "multipole";
-  static constexpr std::array options = {line_option<&Options::block>("block"),
-                                         line_option<&Options::rank>("rank"),
-                                         line_option<&Options::causal>("causal"),
-                                         line_option<&Options::mass_scaling>("mass_scaling"),
-                                         line_option<&Options::pooling>("pooling"),
-                                         line_option<&Options::pooled_queries>("pooled_queries"),
-                                         line_option<&Options::query_pooling>("query_pooling"),
-                                         line_option<&Options::scale>("scale"),
-                                         line_option<&Options::levels>("levels")};
+  template <class O = MultipoleOptions>
+  static constexpr auto options() {
+    return std::array{line_option<&O::block>("block"),
+                      line_option<&O::rank>("rank"),
+                      line_option<&O::causal>("causal"),
+                      line_option<&O::mass_scaling>("mass_scaling"),
+                      line_option<&O::pooling>("pooling"),
+                      line_option<&O::pooled_queries>("pooled_queries"),
+                      line_option<&O::query_pooling>("query_pooling"),
+                      line_option<&O::scale>("scale"),
+                      line_option<&O::levels>("levels")};
+  }
 };
 
 namespace detail {
@@ -338,7 +349,8 @@ class AnyAttentionOf {
 
   template <class Options>
   static std::span<const LineOption<Options>> table_of(const Options&) {
-    return LineFormat<Options>::options;
+    static constexpr auto table = LineFormat<Options>::options();
+    return table;
   }
 
   template <class Options>
@@ -351,7 +363,7 @@ class AnyAttentionOf {
     const auto make_if_named = [&]<class M>(std::type_identity<M>) {
       using Options = typename M::Options;
       if (line.mechanism != LineFormat<Options>::name) return;
-      made.emplace(M(heads, detail::read_options<Options>(line, LineFormat<Options>::options)));
+      made.emplace(M(heads, detail::read_options<Options>(line, table_of(Options{}))));
     };
     (make_if_named(std::type_identity<Mechanisms>{}), ...);
     detail::require(made.has_value(), detail::line_reader, "unknown mechanism \"", line.mechanism, "\"; known are ",

@@ -3,6 +3,8 @@
 #include <nearfar/mask.hpp>
 
 #include <cmath>
+#include <concepts>
+#include <initializer_list>
 #include <limits>
 #include <optional>
 #include <stdexcept>
@@ -13,22 +15,33 @@ namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
 namespace detail {
 
-/// Throws std::invalid_argument "nearfar::<mechanism>: <sentence>" unless the condition holds.
-template <class... Parts>
-void require(bool condition, std::string_view mechanism, const Parts&... parts) {
-  if (condition) return;
+/// A part of an error message, as text.
+class MessagePart {
+ public:
+  MessagePart(std::string_view text) : text_(text) {}
+  MessagePart(const std::string& text) : text_(text) {}
+  MessagePart(const char* text) : text_(text) {}
+  MessagePart(std::floating_point auto number) : text_(std::to_string(double{number})) {}
+  MessagePart(std::integral auto number) : text_(std::to_string(static_cast<Index>(number))) {}
+
+  const std::string& text() const { return text_; }
+
+ private:
+  std::string text_;
+};
+
+[[noreturn]] inline void refuse(std::string_view mechanism, std::initializer_list<MessagePart> parts) {
   std::string message = "nearfar::";
   message += mechanism;
   message += ": ";
-  const auto append = [&message](const auto& part) {
-    if constexpr (std::is_arithmetic_v<std::remove_cvref_t<decltype(part)>>) {
-      message += std::to_string(part);
-    } else {
-      message += part;
-    }
-  };
-  (append(parts), ...);
+  for (const MessagePart& part : parts) message += part.text();
   throw std::invalid_argument(message);
+}
+
+/// Throws std::invalid_argument "nearfar::<mechanism>: <sentence>" unless the condition holds.
+template <class... Parts>
+void require(bool condition, std::string_view mechanism, const Parts&... parts) {
+  if (!condition) refuse(mechanism, {parts...});
 }
 
 /// Heads that fit together, checked when a mechanism is made.

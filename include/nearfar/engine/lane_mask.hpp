@@ -4,8 +4,6 @@
 #include <nearfar/online_softmax.hpp>
 
 #include <algorithm>
-#include <array>
-#include <cstddef>
 
 namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
@@ -19,15 +17,6 @@ struct AllSeen {
   }
 };
 
-/// -infinity, then infinity, then -infinity, a vector each: loaded from some place on, it says which lanes of a vector
-/// lie before, within or after a range.
-template <class T>
-inline constexpr auto lane_limits = [] {
-  std::array<T, 3 * lanes<T>> limits{};
-  for (std::size_t i = 0; i < limits.size(); ++i) limits[i] = i / lanes<T> == 1 ? infinity<T> : -infinity<T>;
-  return limits;
-}();
-
 /// The mask of a panel that the edges of a band cross: the score of key j of a tile becomes -infinity on the lanes
 /// whose queries do not see it. Lane 0 holds query `first`.
 template <class T, class Band>
@@ -37,14 +26,14 @@ struct LaneMask {
   Index first;
 
   NEARFAR_INLINE Packet<T> operator()(Index j, int v, const Packet<T>& score) const {
-    constexpr Index width = lanes<T>;
     const Range seeing = band.seeing(keys.position(j));
-    const Index lane = first + v * width;
-    const Index from = std::clamp<Index>(seeing.first - lane, 0, width);
-    const Index end = std::clamp<Index>(seeing.end - lane, 0, width);
-    // The smaller of a score and infinity is the score; of two operands, one of them NaN, pmin gives the first.
-    const T* limits = lane_limits<T>.data();
-    return pmin(ploadu<Packet<T>>(limits + width - from), pmin(ploadu<Packet<T>>(limits + 2 * width - end), score));
+    const auto place = [&](Index query) {
+      return pset1<Packet<T>>(static_cast<T>(std::clamp<Index>(query - first - v * lanes<T>, 0, lanes<T>)));
+    };
+    const Packet<T> lane = plset<Packet<T>>(T(0));
+    const Packet<T> hidden = pset1<Packet<T>>(-infinity<T>);
+    const Packet<T> before_end = pselect(pcmp_lt(lane, place(seeing.end)), score, hidden);
+    return pselect(pcmp_lt(lane, place(seeing.first)), hidden, before_end);
   }
 };
 

@@ -78,8 +78,8 @@ class NarrowWindow {
     Index count;
   };
 
-  /// The keys of a tile, and their values, head by head. Places are counted from the tile's first query; those of each
-  /// key stand four times, so that they compare with scores kept as [key][query].
+  /// The keys of a tile, and their values, head by head. Places are counted from the first key that the tile
+  /// sees; that of each key stands four times, so that places compare with scores kept as [key][query].
   struct Keys {
     static constexpr Index capacity = queries_a_tile + most;
 
@@ -93,6 +93,7 @@ class NarrowWindow {
     T* value;
     Index* position;
     T* place;
+    Index origin = 0;
     Index count = 0;
   };
 
@@ -112,13 +113,14 @@ class NarrowWindow {
   void gather(const Sequence& rows, const Tile& tile, Keys& keys) const {
     const std::uint8_t* mask = key_mask(inputs_, rows);
     const Range seen = Band(window_, rows.query_count, rows.key_count).seen_by_any(tile.first, tile.count);
+    keys.origin = seen.first;
     for (Index j = seen.first; j < seen.end; ++j) {
       if (mask != nullptr && mask[j] == 0) continue;
       copy_heads(inputs_.key.row(rows.key_begin + j), heads_.dim, keys.key + keys.count * heads_.dim);
       const Index width = heads_.value_width();
       copy_heads(inputs_.value.row(rows.key_begin + j), width, keys.value + keys.count * width);
       keys.position[keys.count] = j;
-      std::fill_n(keys.place + keys.count * queries_at_once, queries_at_once, T(j - tile.first));
+      std::fill_n(keys.place + keys.count * queries_at_once, queries_at_once, T(j - keys.origin));
       ++keys.count;
     }
     // No query sees the places after the last key, which complete a group of keys_at_once.
@@ -140,8 +142,8 @@ class NarrowWindow {
     bounds.keys = {std::lower_bound(begin, end, seen.first) - begin, std::lower_bound(begin, end, seen.end) - begin};
     for (Index lane = 0; lane < lanes<T>; ++lane) {
       const Index query = tile.first + first + lane % queries_at_once;
-      bounds.from[lane] = T(band.first(query) - tile.first);
-      bounds.end[lane] = T(band.end(query) - tile.first);
+      bounds.from[lane] = T(band.first(query) - keys.origin);
+      bounds.end[lane] = T(band.end(query) - keys.origin);
     }
     return bounds;
   }

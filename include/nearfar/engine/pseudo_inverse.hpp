@@ -4,12 +4,15 @@
 
 #include <Eigen/Core>
 
+#include <type_traits>
+
 namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
 namespace detail {
 
 /// A square matrix of numbers that somebody else holds, one row after another.
-using Square = Eigen::Map<Matrix<double>>;
+template <class Real>
+using Square = Eigen::Map<Matrix<Real>>;
 
 /// Replaces A by its Moore-Penrose inverse, in place, and returns the rank it was given.
 ///
@@ -25,39 +28,40 @@ using Square = Eigen::Map<Matrix<double>>;
 ///
 /// which is A^-1 = A11^-1 where k is the size of A. Time r^3 multiply-adds for an r x r matrix of full rank; allocates
 /// nothing beside scratch. A matrix with NaN gives NaN.
-inline Index pseudo_invert(Square a, double tolerance, Scratch& scratch) {
+template <class Real>
+Index pseudo_invert(Square<Real> a, std::type_identity_t<Real> tolerance, Scratch& scratch) {
   const Scratch::Scope scope(scratch);
   const Index size = a.rows();
   Index* pivot_row = scratch.take<Index>(size);
   Index* pivot_col = scratch.take<Index>(size);
-  double threshold = 0;
+  Real threshold = 0;
   Index rank = 0;
   for (; rank < size; ++rank) {
     const Index k = rank;
-    const double largest = a.bottomRightCorner(size - k, size - k).cwiseAbs().maxCoeff(&pivot_row[k], &pivot_col[k]);
+    const Real largest = a.bottomRightCorner(size - k, size - k).cwiseAbs().maxCoeff(&pivot_row[k], &pivot_col[k]);
     if (k == 0) threshold = tolerance * largest;
     if (largest <= threshold) break;
     a.row(k).swap(a.row(pivot_row[k] += k));
     a.col(k).swap(a.col(pivot_col[k] += k));
-    const double inverse = 1 / a(k, k);
+    const Real inverse = 1 / a(k, k);
     a(k, k) = 1;
     a.row(k) *= inverse;
     for (Index i = 0; i < size; ++i) {
       if (i == k) continue;
-      const double factor = a(i, k);
+      const Real factor = a(i, k);
       a(i, k) = 0;
       a.row(i) -= factor * a.row(k);
     }
   }
   const Index rest = size - rank;
   if (rest > 0) {
-    const auto square = [&] { return Square(scratch.take<double>(rank * rank), rank, rank); };
+    const auto square = [&] { return Square<Real>(scratch.take<Real>(rank * rank), rank, rank); };
     const auto y = a.topRightCorner(rank, rest);
     const auto minus_x = a.bottomLeftCorner(rest, rank);
-    Square rows = square(), cols = square(), half = square();
+    Square<Real> rows = square(), cols = square(), half = square();
     rows = y.lazyProduct(y.transpose());
     cols = minus_x.transpose().lazyProduct(minus_x);
-    for (Square* gram : {&rows, &cols}) {
+    for (Square<Real>* gram : {&rows, &cols}) {
       gram->diagonal().array() += 1;
       pseudo_invert(*gram, 0, scratch);
     }
@@ -65,8 +69,8 @@ inline Index pseudo_invert(Square a, double tolerance, Scratch& scratch) {
     a.topLeftCorner(rank, rank) = half.lazyProduct(cols);
     // Y and X stand where their products belong: those wait until nothing reads Y and X any more.
     half = a.topLeftCorner(rank, rank);
-    Eigen::Map<Matrix<double>> below(scratch.take<double>(rest * rank), rest, rank);
-    Eigen::Map<Matrix<double>> beside(scratch.take<double>(rank * rest), rank, rest);
+    Eigen::Map<Matrix<Real>> below(scratch.take<Real>(rest * rank), rest, rank);
+    Eigen::Map<Matrix<Real>> beside(scratch.take<Real>(rank * rest), rank, rest);
     below = y.transpose().lazyProduct(half);
     beside = -half.lazyProduct(minus_x.transpose());
     a.bottomRightCorner(rest, rest) = -below.lazyProduct(minus_x.transpose());

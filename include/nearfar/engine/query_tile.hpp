@@ -54,13 +54,15 @@ class QueryTile {
     for (Index p = 0; p < panels(); ++p) {
       const Seen seen = seen_by(p, keys, band);
       if (seen.any.count() == 0) continue;
-      const LaneMask<T, Band> hide{band, keys, first_ + p * width};
       Packet<T> max[vectors] = {pset1<Packet<T>>(-infinity<T>), pset1<Packet<T>>(-infinity<T>)};
-      score<0, 1>(p, keys, {seen.any.first, seen.shared.first}, hide, max);
-      score<1, 2>(p, keys, {seen.shared.end, seen.any.end}, hide, max);
-      score(p, keys, {seen.shared.first, seen.all.first}, hide, max);
-      score(p, keys, seen.all, AllSeen{}, max);
-      score(p, keys, {seen.all.end, seen.shared.end}, hide, max);
+      score<1>(p, 0, keys, {seen.any.first, seen.shared.first});
+      score<vectors>(p, 0, keys, {seen.shared.first, seen.all.first});
+      score<vectors>(p, 0, keys, seen.all, max);
+      score<vectors>(p, 0, keys, {seen.all.end, seen.shared.end});
+      score<1>(p, 1, keys, {seen.shared.end, seen.any.end});
+      const LaneMask<T, Band> mask{band, keys, first_ + p * width};
+      hide(mask, {seen.any.first, seen.all.first}, max);
+      hide(mask, {seen.all.end, seen.any.end}, max);
       take(p, keys, seen, max);
     }
   }
@@ -152,26 +154,39 @@ class QueryTile {
     return seen;
   }
 
-  // The scores of vectors [First, End) of a panel against some keys, kept at scores_ a row a key, and their maxima;
-  // mask(j, v, score) may hide some. For vectors left out all are hidden.
-  template <int First = 0, int End = vectors, class Mask>
-  void score(Index p, const KeyTile<T>& keys, Range range, Mask&& mask, Packet<T> (&max)[vectors]) {
+  // The scores of Vectors vectors of a panel, from `vector` on, against some keys, kept at scores_ a row a key; and
+  // their maxima, where these are asked for.
+  template <int Vectors>
+  void score(Index p, Index vector, const KeyTile<T>& keys, Range range, Packet<T>* max = nullptr) {
     if (range.count() == 0) return;
-    Packet<T> largest[vectors] = {max[0], max[1]};
-    multiply<End - First>(
-        keys.key(range.first), range.count(), query(p) + First * lanes<T>, width, dim_,
+    T* scores = scores_ + range.first * width + vector * lanes<T>;
+    Packet<T> largest[Vectors];
+    NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) largest[v] = pset1<Packet<T>>(-infinity<T>);
+    multiply<Vectors>(
+        keys.key(range.first), range.count(), query(p) + vector * lanes<T>, width, dim_,
         [&](Index j, int) {
           lookahead_.step();
           return pset1<Packet<T>>(keys.bias(range.first + j));
         },
         [&](Index j, int v, const Packet<T>& product) {
-          const Packet<T> masked = mask(range.first + j, First + v, product);
-          largest[First + v] = pmax(largest[First + v], masked);
-          T* row = scores_ + (range.first + j) * width;
-          pstoreu(row + (First + v) * lanes<T>, masked);
-          if constexpr (End - First < vectors) pstoreu(row + (1 - First) * lanes<T>, pset1<Packet<T>>(-infinity<T>));
+          largest[v] = pmax(largest[v], product);
+          pstoreu(scores + j * width + v * lanes<T>, product);
         });
-    std::copy_n(largest, vectors, max);
+    if (max != nullptr) std::copy_n(largest, Vectors, max);
+  }
+
+  // Hides scores of keys that not every query sees, those of vectors that were not scored among them, and takes what is
+  // left into the maxima.
+  template <class Mask>
+  void hide(const Mask& mask, Range range, Packet<T> (&max)[vectors]) {
+    for (Index j = range.first; j < range.end; ++j) {
+      for (int v = 0; v < vectors; ++v) {
+        T* score = scores_ + j * width + v * lanes<T>;
+        const Packet<T> masked = mask(j, v, ploadu<Packet<T>>(score));
+        max[v] = pmax(max[v], masked);
+        pstoreu(score, masked);
+      }
+    }
   }
 
   // Takes scored keys and their values into the softmax of a panel.
@@ -179,25 +194,23 @@ class QueryTile {
     Panel softmax = panel(p);
     Packet<T> correction[vectors];
     softmax.update(scores_ + seen.any.first * width, seen.any.count(), max, correction);
-    multiply_values<0, vectors>(softmax, keys, seen.shared, [&](const Packet<T>& o, int v, const Packet<T>& product) {
-      return pmadd(o, correction[v], product);
-    });
-    const auto add = [](const Packet<T>& o, int, const Packet<T>& product) { return padd(o, product); };
+    add_values<vectors>(softmax, 0, keys, seen.shared, correction);
+    const Packet<T> one = pset1<Packet<T>>(T(1));
     const Range before{seen.any.first, seen.shared.first};
     const Range after{seen.shared.end, seen.any.end};
-    if (before.count() > 0) multiply_values<0, 1>(softmax, keys, before, add);
-    if (after.count() > 0) multiply_values<1, 2>(softmax, keys, after, add);
+    if (before.count() > 0) add_values<1>(softmax, 0, keys, before, &one);
+    if (after.count() > 0) add_values<1>(softmax, 1, keys, after, &one);
   }
 
-  // What the values of some keys add to vectors [First, End) of a panel: merge(o, v, product) is the new value.
-  template <int First, int End, class Merge>
-  void multiply_values(const Panel& softmax, const KeyTile<T>& keys, Range range, Merge&& merge) {
-    multiply<End - First>(
-        keys.value_transposed(range.first), value_dim_, scores_ + range.first * width + First * lanes<T>, width,
+  // value = factor * value + what some keys add, for Vectors vectors of a panel from `vector` on.
+  template <int Vectors>
+  void add_values(const Panel& softmax, Index vector, const KeyTile<T>& keys, Range range, const Packet<T>* factor) {
+    multiply<Vectors>(
+        keys.value_transposed(range.first), value_dim_, scores_ + range.first * width + vector * lanes<T>, width,
         range.count(), [](Index, int) { return pset1<Packet<T>>(T(0)); },
         [&](Index c, int v, const Packet<T>& product) {
-          T* o = softmax.value + c * width + (First + v) * lanes<T>;
-          pstoreu(o, merge(ploadu<Packet<T>>(o), v, product));
+          T* o = softmax.value + c * width + (vector + v) * lanes<T>;
+          pstoreu(o, pmadd(ploadu<Packet<T>>(o), factor[v], product));
         });
   }
 
