@@ -7,6 +7,9 @@
 #include "support/compare.hpp"
 #include "support/sample.hpp"
 
+#include <algorithm>
+#include <cmath>
+
 // Where one mechanism's options make it another.
 
 namespace nearfar::test {
@@ -36,6 +39,30 @@ TEST_P(Relations, BandedIsSoftmaxWhereTheWindowHoldsTheSequence) {
       const Banded<double> banded(heads, {.window = {side, side}, .causal = GetParam()});
       EXPECT_TRUE(close(run_forward(banded, sample), softmax(sample, GetParam()), 1e-13)) << n << ", " << side;
     }
+  }
+}
+
+// Heads of whole vectors have a way of their own through narrow windows, a few queries at a time.
+TEST_P(Relations, BandedSavesTheLogSumExpOfEachQueryOfANarrowWindow) {
+  const Heads wide{.query = 2, .key_value = 1, .dim = 16};
+  for (const Index n : {7, 9, 10, 12, 131}) {
+    const auto sample = random_sample<float>(wide, n, 1);
+    const Banded<float> banded(wide, {.window = {3, 2}, .causal = GetParam()});
+    Banded<float>::Saved saved;
+    Matrix<float> out(n, wide.out_cols());
+    banded.forward(sample.inputs(), out, saved);
+    Matrix<double> expected = Matrix<double>::Zero(wide.query, n);
+    for (Index h = 0; h < wide.query; ++h) {
+      for (Index i = 0; i < n; ++i) {
+        const auto query = sample.query.row(i).segment(h * wide.dim, wide.dim).cast<double>();
+        double sum = 0;
+        for (Index j = std::max<Index>(i - 3, 0); j <= std::min(GetParam() ? i : i + 2, n - 1); ++j) {
+          sum += std::exp(query.dot(sample.key.row(j).cast<double>()) / 4);
+        }
+        expected(h, i) = std::log(sum);
+      }
+    }
+    EXPECT_TRUE(close(saved.log_sum_exp, expected, 1e-6)) << n;
   }
 }
 

@@ -64,7 +64,7 @@ class Lookahead {
     rows_ = r.rows;
   }
 
-  std::array<Region, 4> region_{};
+  std::array<Region, 16> region_{};
   int regions_ = 0;
   int current_ = 0;
   const char* row_ = nullptr;

@@ -4,6 +4,7 @@
 #include <nearfar/engine/key_tile.hpp>
 #include <nearfar/engine/lane_mask.hpp>
 #include <nearfar/engine/microkernel.hpp>
+#include <nearfar/engine/panel_keys.hpp>
 #include <nearfar/online_softmax.hpp>
 
 #include <algorithm>
@@ -21,8 +22,8 @@ namespace detail {
 ///   p_ij = 2^(s_ij - L_i)          ds_ij = p_ij (grad_out_i . v_j - delta_i)
 ///   grad_q_i += scale sum_j ds_ij k_j      grad_k_j += scale sum_i ds_ij q_i      grad_v_j += sum_i p_ij grad_out_i
 ///
-/// (FlashAttention, arXiv 2205.14135, algorithm 4). Queries lie on the lanes for the first three products, features for
-/// the last two, which therefore read rows of q and grad_out as they stand.
+/// (FlashAttention, arXiv 2205.14135, algorithm 4). Queries lie on the lanes for the first three products, in panels of
+/// `width`, features for the last two, which therefore read rows of q and grad_out as they stand.
 template <class T>
 class GradientTile {
  public:
@@ -45,8 +46,8 @@ class GradientTile {
         delta_(scratch.take<T>(capacity)),
         weight_(scratch.take<T>(KeyTile<T>::capacity * capacity)),
         grad_score_(scratch.take<T>(KeyTile<T>::capacity * capacity)),
-        grad_key_(scratch.take<T>(KeyTile<T>::capacity * query_stride_)),
-        grad_value_(scratch.take<T>(KeyTile<T>::capacity * grad_out_stride_)) {}
+        grad_key_(scratch.take<T>(key_group * query_stride_)),
+        grad_value_(scratch.take<T>(key_group * grad_out_stride_)) {}
 
   /// Takes at most `capacity` queries, the first of them number `first` of its sequence, with their log-sum-exp and
   /// delta; their gradient is zero so far.
@@ -56,10 +57,13 @@ class GradientTile {
     first_ = first;
     count_ = query.rows();
     scale_ = scale;
-    to_lanes(query, scale * log2_e<T>, query_lanes_);
-    to_lanes(grad_out, T(1), grad_out_lanes_);
-    copy_rows(query, query_rows_, query_stride_);
-    copy_rows(grad_out, grad_out_rows_, grad_out_stride_);
+    for (Index p = 0; p < panels(); ++p) {
+      const Index row = p * width;
+      take_panel(query.middle_rows(row, in_panel(p)), scale * log2_e<T>, query_rows_ + row * query_stride_,
+                 query_stride_, query_lanes_ + row * dim_);
+      take_panel(grad_out.middle_rows(row, in_panel(p)), T(1), grad_out_rows_ + row * grad_out_stride_,
+                 grad_out_stride_, grad_out_lanes_ + row * value_dim_);
+    }
     std::fill_n(grad_query_lanes_, panels() * width * dim_, T(0));
     for (Index i = 0; i < panels() * width; ++i) {
       // A query that saw nothing, or is not there, weighs every key with 2^(s - infinity) = 0.
@@ -72,159 +76,206 @@ class GradientTile {
     }
   }
 
-  /// Walks back over the keys of a tile. The gradients of key j of the tile go to add(j, grad_key, grad_value), two
-  /// rows of `dim` and `value_dim` numbers.
-  template <class Band, class Add>
-  void visit(const KeyTile<T>& keys, const Band& band, Add&& add) {
-    for (Index p = 0; p < panels(); ++p) {
-      Range& any = seen_[static_cast<std::size_t>(p)];
-      any = keys.within(band.seen_by_any(first_ + p * width, in_panel(p)));
-      if (any.count() == 0) continue;
-      const Range all = keys.within(band.seen_by_all(first_ + p * width, in_panel(p)));
-      if (all.first <= any.first && any.end <= all.end) {
-        score(p, keys, any, AllSeen{});
-      } else {
-        score(p, keys, any, LaneMask<T, Band>{band, keys, first_ + p * width});
+  /// Walks back over the keys of a tile. The gradients of key j of the tile are added to the rows grad_key(j) and
+  /// grad_value(j), of `dim` and `value_dim` numbers.
+  template <class Band, class GradKey, class GradValue>
+  void visit(const KeyTile<T>& keys, const Band& band, GradKey&& grad_key, GradValue&& grad_value) {
+    const auto fetch_group = [&](Index first) {
+      rows_ahead_.clear();
+      for (Index j = first; j < std::min(first + key_group, keys.count()); ++j) {
+        rows_ahead_.add(grad_key(j), 0, 1, dim_);
+        rows_ahead_.add(grad_value(j), 0, 1, value_dim_);
       }
-      grad_scores(p, keys, any);
-      grad_queries(p, keys, any);
+    };
+    fetch_group(0);
+    for (Index p = 0; p < panels(); ++p) {
+      const Index query = first_ + p * width;
+      const PanelKeys seen(keys, band, query, in_panel(p), key_group);
+      seen_[static_cast<std::size_t>(p)] = seen;
+      const LaneMask<T, Band> hide{band, keys, query};
+      score<0, 1>(p, keys, seen.before(), hide);
+      score<0, 2>(p, keys, {seen.shared.first, seen.all.first}, hide);
+      score<0, 2>(p, keys, seen.all, AllSeen{});
+      score<0, 2>(p, keys, {seen.all.end, seen.shared.end}, hide);
+      score<1, 2>(p, keys, seen.after(), hide);
+      differentiate<0, 1>(p, keys, seen.before());
+      differentiate<0, 2>(p, keys, seen.shared);
+      differentiate<1, 2>(p, keys, seen.after());
     }
     for (Index first = 0; first < keys.count(); first += key_group) {
-      grad_keys({first, std::min(first + key_group, keys.count())}, std::forward<Add>(add));
-    }
-  }
-
-  /// Adds the gradients of the queries to the rows of grad_query.
-  template <class Storage>
-  void finish(Tokens<Storage> grad_query) {
-    for (Index p = 0; p < panels(); ++p) {
-      // The rows of q are no longer needed: they make room for the gradient in their own layout.
-      transpose(grad_query_lanes_ + p * width * dim_, width, dim_, in_panel(p), scale_, query_rows_, query_stride_);
-      for (Index i = 0; i < in_panel(p); ++i) {
-        const T* from = query_rows_ + i * query_stride_;
-        Storage* to = grad_query.row(p * width + i);
-        for (Index c = 0; c < dim_; ++c) to[c] += Storage(from[c]);
+      const Index end = std::min(first + key_group, keys.count());
+      fetch_group(end);
+      if (!sum_group({first, end})) continue;
+      for (Index j = first; j < end; ++j) {
+        add(grad_key_ + (j - first) * query_stride_, dim_, scale_, grad_key(j));
+        add(grad_value_ + (j - first) * grad_out_stride_, value_dim_, T(1), grad_value(j));
       }
     }
   }
 
-  /// What the next visit will read, fetched during this one.
+  /// Writes the gradients of the queries.
+  void finish(Tokens<T> grad_query) const {
+    for (Index p = 0; p < panels(); ++p) {
+      transpose(grad_query_lanes_ + p * width * dim_, width, dim_, in_panel(p), scale_, grad_query.row(p * width),
+                grad_query.stride());
+    }
+  }
+
+  /// What will be read after the next visit, fetched in its second half: what came in sooner would not last so long in
+  /// the few cache sets that the rows of one head share. The gradients that a visit adds to it fetches by itself.
   Lookahead& lookahead() { return lookahead_; }
 
  private:
-  // Keys whose gradients are taken at once. Those of a group sum over the same queries, so a short group skips more of
-  // the queries that see none of it.
-  static constexpr Index key_group = 32;
+  // Keys whose gradients are taken at once, in one register tile.
+  static constexpr Index key_group = tile_rows<2>;
 
   Index panels() const { return (count_ + width - 1) / width; }
   Index in_panel(Index p) const { return std::min(width, count_ - p * width); }
 
+  // Takes the rows of a panel as they are, each followed by zeros up to `stride`, and times a factor on the lanes; zero
+  // rows complete the panel.
   template <class Storage>
-  void to_lanes(Tokens<const Storage> rows, T factor, T* to) {
-    for (Index p = 0; p < panels(); ++p) {
-      T* panel = to + p * width * rows.cols();
-      if (in_panel(p) < width) std::fill_n(panel, width * rows.cols(), T(0));
-      transpose(rows.row(p * width), rows.stride(), in_panel(p), rows.cols(), factor, panel, width);
+  static void take_panel(Tokens<const Storage> from, T factor, T* rows, Index stride, T* on_lanes) {
+    for (Index i = 0; i < width; ++i) {
+      T* row = rows + i * stride;
+      const Index cols = i < from.rows() ? from.cols() : 0;
+      for (Index c = 0; c < cols; ++c) row[c] = T(from(i, c));
+      std::fill(row + cols, row + stride, T(0));
     }
+    transpose(rows, stride, width, from.cols(), factor, on_lanes, width);
   }
 
-  template <class Storage>
-  void copy_rows(Tokens<const Storage> rows, T* to, Index to_stride) {
-    for (Index i = 0; i < count_; ++i) {
-      std::copy_n(rows.row(i), rows.cols(), to + i * to_stride);
-      std::fill(to + i * to_stride + rows.cols(), to + (i + 1) * to_stride, T(0));
-    }
-    std::fill(to + count_ * to_stride, to + panels() * width * to_stride, T(0));
-  }
+  // Where the scores of panel p and key j stand: panel by panel, so that those of one stay in the first-level cache.
+  static Index at(Index j, Index p) { return (p * KeyTile<T>::capacity + j) * width; }
 
-  // Row j of weights and of score gradients holds the tile's queries side by side.
-  static Index at(Index j, Index p) { return j * capacity + p * width; }
-
-  template <class Mask>
+  // The scores of vectors [First, End) of a panel.
+  template <int First, int End, class Mask>
   void score(Index p, const KeyTile<T>& keys, Range range, Mask&& mask) {
-    multiply<vectors>(
-        keys.key(range.first), range.count(), query_lanes_ + p * width * dim_, width, dim_,
-        [&](Index j, int v) {
-          if (v == 0) lookahead_.step();
+    if (range.count() == 0) return;
+    multiply<End - First>(
+        keys.key(range.first), range.count(), query_lanes_ + p * width * dim_ + First * lanes<T>, width, dim_,
+        [&](Index j, int) {
+          rows_ahead_.step();
           return pset1<Packet<T>>(keys.bias(range.first + j));
         },
         [&](Index j, int v, const Packet<T>& product) {
-          pstoreu(weight_ + at(range.first + j, p) + v * lanes<T>, mask(range.first + j, v, product));
+          pstoreu(weight_ + at(range.first + j, p) + (First + v) * lanes<T>, mask(range.first + j, First + v, product));
         });
   }
 
-  void grad_scores(Index p, const KeyTile<T>& keys, Range range) {
-    Packet<T> shift[vectors];
-    Packet<T> rest[vectors];
-    Packet<T> delta[vectors];
-    NEARFAR_UNROLL for (int v = 0; v < vectors; ++v) {
-      shift[v] = ploadu<Packet<T>>(shift_ + p * width + v * lanes<T>);
-      rest[v] = ploadu<Packet<T>>(shift_rest_ + p * width + v * lanes<T>);
-      delta[v] = ploadu<Packet<T>>(delta_ + p * width + v * lanes<T>);
+  // From their scores the gradients of the scores, and on to the gradients of the queries.
+  template <int First, int End>
+  void differentiate(Index p, const KeyTile<T>& keys, Range range) {
+    if (range.count() == 0) return;
+    weigh<First, End>(p, range);
+    grad_scores<First, End>(p, keys, range);
+    grad_queries<First, End>(p, keys, range);
+  }
+
+  // Turns scores into weights. Not where the scores are finished: exp2's constants would take the registers that the
+  // product needs.
+  template <int First, int End>
+  void weigh(Index p, Range range) {
+    constexpr int rows = (vector_registers >= 32 ? 8 : 4) / (End - First);
+    Index j = range.first;
+    for (; j + rows <= range.end; j += rows) weigh<First, End, rows>(p, j);
+    for (; j < range.end; ++j) weigh<First, End, 1>(p, j);
+  }
+
+  template <int First, int End, int Rows>
+  NEARFAR_INLINE void weigh(Index p, Index j) {
+    const T* shift = shift_ + p * width;
+    const T* rest = shift_rest_ + p * width;
+    T* scores = weight_ + at(j, p);
+    constexpr int packets = End - First;
+    Packet<T> weight[Rows * packets];
+    NEARFAR_UNROLL for (int i = 0; i < Rows * packets; ++i) {
+      const Index lane = (First + i % packets) * lanes<T>;
+      weight[i] = psub(ploadu<Packet<T>>(scores + i / packets * width + lane), ploadu<Packet<T>>(shift + lane));
+      weight[i] = psub(weight[i], ploadu<Packet<T>>(rest + lane));
     }
-    multiply<vectors>(
-        keys.value(range.first), range.count(), grad_out_lanes_ + p * width * value_dim_, width, value_dim_,
-        [&](Index, int) { return pset1<Packet<T>>(T(0)); },
+    exp2<T>(weight);
+    NEARFAR_UNROLL for (int i = 0; i < Rows * packets; ++i) {
+      pstoreu(scores + i / packets * width + (First + i % packets) * lanes<T>, weight[i]);
+    }
+  }
+
+  template <int First, int End>
+  void grad_scores(Index p, const KeyTile<T>& keys, Range range) {
+    const T* delta = delta_ + p * width + First * lanes<T>;
+    multiply<End - First>(
+        keys.value(range.first), range.count(), grad_out_lanes_ + p * width * value_dim_ + First * lanes<T>, width,
+        value_dim_, [&](Index, int) { return pset1<Packet<T>>(T(0)); },
         [&](Index j, int v, const Packet<T>& grad_weight) {
-          const Index place = at(range.first + j, p) + v * lanes<T>;
-          const Packet<T> score = ploadu<Packet<T>>(weight_ + place);
-          const Packet<T> weight = exp2<T>(psub(psub(score, shift[v]), rest[v]));
-          pstoreu(weight_ + place, weight);
-          pstoreu(grad_score_ + place, pmul(weight, psub(grad_weight, delta[v])));
+          const Index place = at(range.first + j, p) + (First + v) * lanes<T>;
+          const Packet<T> grad = psub(grad_weight, ploadu<Packet<T>>(delta + v * lanes<T>));
+          pstoreu(grad_score_ + place, pmul(ploadu<Packet<T>>(weight_ + place), grad));
         });
   }
 
+  template <int First, int End>
   void grad_queries(Index p, const KeyTile<T>& keys, Range range) {
-    T* grad_query = grad_query_lanes_ + p * width * dim_;
-    multiply<vectors>(
-        keys.key_transposed(range.first), dim_, grad_score_ + at(range.first, p), capacity, range.count(),
-        [&](Index c, int v) { return ploadu<Packet<T>>(grad_query + c * width + v * lanes<T>); },
+    T* grad_query = grad_query_lanes_ + p * width * dim_ + First * lanes<T>;
+    multiply<End - First>(
+        keys.key_transposed(range.first), dim_, grad_score_ + at(range.first, p) + First * lanes<T>, width,
+        range.count(), [&](Index c, int v) { return ploadu<Packet<T>>(grad_query + c * width + v * lanes<T>); },
         [&](Index c, int v, const Packet<T>& sum) { pstoreu(grad_query + c * width + v * lanes<T>, sum); });
   }
 
-  template <class Add>
-  void grad_keys(Range group, Add&& add) {
-    const auto sees = [&](Index p) {
-      const Range seen = seen_[static_cast<std::size_t>(p)];
-      return seen.first < group.end && group.first < seen.end;
-    };
-    Index from = 0;
-    Index to = panels();
-    while (from < to && !sees(from)) ++from;
-    while (from < to && !sees(to - 1)) --to;
-    if (from == to) return;
-    for (Index p = from; p < to; ++p) clear_unseen(p, group);
-    const Index depth = (to - from) * width;
-    sum_rows(weight_ + at(group.first, from), group.count(), grad_out_rows_ + from * width * grad_out_stride_,
-             grad_out_stride_, depth, grad_value_);
-    sum_rows(grad_score_ + at(group.first, from), group.count(), query_rows_ + from * width * query_stride_,
-             query_stride_, depth, grad_key_);
-    for (Index j = 0; j < group.count(); ++j) {
-      T* grad_key = grad_key_ + j * query_stride_;
-      for (Index c = 0; c < dim_; ++c) grad_key[c] *= scale_;
-      add(group.first + j, static_cast<const T*>(grad_key), static_cast<const T*>(grad_value_ + j * grad_out_stride_));
+  // The gradients of a group of keys, unless no query sees them.
+  bool sum_group(Range group) {
+    stretches_ = 0;
+    for (Index p = 0; p < panels(); ++p) {
+      const PanelKeys& seen = seen_[static_cast<std::size_t>(p)];
+      const auto holds = [&](Range keys) { return std::max(keys.first, group.first) < std::min(keys.end, group.end); };
+      const bool shared = holds(seen.shared);
+      const Range vector{shared || holds(seen.before()) ? 0 : 1, shared || holds(seen.after()) ? 2 : 1};
+      if (vector.count() > 0) stretch_[static_cast<std::size_t>(stretches_++)] = {p, vector};
     }
+    if (stretches_ == 0) return false;
+    sum_rows(weight_, group, grad_out_rows_, grad_out_stride_, grad_value_);
+    sum_rows(grad_score_, group, query_rows_, query_stride_, grad_key_);
+    return true;
   }
 
-  // The keys of a group that a panel did not visit weigh nothing there.
-  void clear_unseen(Index p, Range group) {
-    const Range seen = seen_[static_cast<std::size_t>(p)];
-    for (Index j = group.first; j < group.end; ++j) {
-      if (seen.first <= j && j < seen.end) continue;
-      std::fill_n(weight_ + at(j, p), width, T(0));
-      std::fill_n(grad_score_ + at(j, p), width, T(0));
-    }
+  template <class Storage>
+  static void add(const T* row, Index count, T factor, Storage* to) {
+    for (Index c = 0; c < count; ++c) to[c] += static_cast<Storage>(factor * row[c]);
   }
 
-  // sums(j) = sum_i factor(j, i) row(i)
-  static void sum_rows(const T* factor, Index count, const T* rows, Index stride, Index depth, T* sums) {
-    for_each_panel<T>(stride, [&](auto panel, Index c) {
-      multiply<decltype(panel)::value>(
-          Broadcast<T>{factor, capacity, 1}, count, rows + c, stride, depth,
-          [](Index, int) { return pset1<Packet<T>>(T(0)); },
-          [&](Index j, int v, const Packet<T>& sum) { pstoreu(sums + j * stride + c + v * lanes<T>, sum); });
+  // sums(j) = sum_i factor(j, i) row(i) over the queries i that see the group.
+  void sum_rows(const T* factor, Range group, const T* rows, Index stride, T* sums) {
+    for_each_panel<T>(stride, [&](auto features_, Index column) {
+      constexpr int features = decltype(features_)::value;
+      for_each_tile<features>(group.count(), [&](auto tile, Index first) {
+        constexpr int count = decltype(tile)::value;
+        Packet<T> sum[count][features];
+        NEARFAR_UNROLL for (int j = 0; j < count; ++j) {
+          NEARFAR_UNROLL for (int v = 0; v < features; ++v) sum[j][v] = pset1<Packet<T>>(T(0));
+        }
+        for (Index s = 0; s < stretches_; ++s) {
+          const auto [p, vector] = stretch_[static_cast<std::size_t>(s)];
+          const Index query = vector.first * lanes<T>;
+          multiply_add(sum, Broadcast<T>{factor + at(group.first + first, p) + query, width, 1},
+                       rows + (p * width + query) * stride + column, stride, vector.count() * lanes<T>, [&](Index k) {
+                         if (k % 8 == 0) rows_ahead_.step();
+                         if (k % 8 == 4) lookahead_.step();
+                       });
+        }
+        NEARFAR_UNROLL for (int j = 0; j < count; ++j) {
+          NEARFAR_UNROLL for (int v = 0; v < features; ++v) {
+            pstoreu(sums + (first + j) * stride + column + v * lanes<T>, sum[j][v]);
+          }
+        }
+      });
     });
   }
+
+  // Some vectors of a panel.
+  struct Stretch {
+    Index panel;
+    Range vectors;
+  };
 
   Index dim_;
   Index value_dim_;
@@ -245,8 +296,12 @@ class GradientTile {
   T* grad_score_;
   T* grad_key_;
   T* grad_value_;
-  std::array<Range, static_cast<std::size_t>(capacity / width)> seen_{};
+  static constexpr auto most_panels = static_cast<std::size_t>(capacity / width);
+  std::array<PanelKeys, most_panels> seen_{};   // by each panel, of the key tile at hand
+  std::array<Stretch, most_panels> stretch_{};  // whose queries see the group of keys at hand
+  Index stretches_ = 0;
   Lookahead lookahead_;
+  Lookahead rows_ahead_;  // the gradients of the next group of keys
 };
 
 }  // namespace detail

@@ -59,6 +59,7 @@ void KernelSum<T>::query_gradient_segment(const Backward& call, Tokens<T> grad_r
   const auto values_of_head = [&](Index g) { return keys_of(inputs.value, s, g * value_dim()); };
   const auto queries_of_head = [&](Index h) { return queries_of(inputs.query, s, h * dim()); };
   const auto grad_out_of_head = [&](Index h) { return queries_of(call.grad_out, s, h * value_dim()); };
+  const auto grad_query_of_head = [&](Index h) { return queries_of(call.grad.query, s, h * dim()); };
 
   TokenTile<T> query(scratch, dim()), key(scratch, dim()), value(scratch, value_dim());
   TokenTile<T> grad_out(scratch, value_dim()), grad_query(scratch, dim());
@@ -73,6 +74,7 @@ void KernelSum<T>::query_gradient_segment(const Backward& call, Tokens<T> grad_r
     if (step.sums_only) return;
     queries_of_head(g * heads.group()).from(next.query).announce(ahead, next.queries, heads.group() * dim());
     grad_out_of_head(g * heads.group()).from(next.query).announce(ahead, next.queries, heads.group() * value_dim());
+    grad_query_of_head(g * heads.group()).from(next.query).announce(ahead, next.queries, heads.group() * dim());
   };
   step.for_each_chunk(announce, [&](const Chunk& chunk, Index g) {
     const Index first = s.query_begin + chunk.query;
@@ -102,8 +104,7 @@ void KernelSum<T>::query_gradient_segment(const Backward& call, Tokens<T> grad_r
           chunk_add_prefix_sums<T>(key_prefix, key, nullptr, chunk.keys, row_sum, grad_query, chunk.queries);
         }
         query.chain(queries_of_head(h).from(chunk.query), chunk.queries, map(r), normalize_features, grad_query);
-        grad_query.store(queries_of(call.grad.query, s, h * dim()).from(chunk.query), chunk.queries, nullptr,
-                         call.add || r > 0);
+        grad_query.store(grad_query_of_head(h).from(chunk.query), chunk.queries, nullptr, call.add || r > 0);
       }
       state.add_products(value, key, chunk.keys, ahead);
       key_sum.add_rows(key, nullptr, chunk.keys);
@@ -121,6 +122,8 @@ void KernelSum<T>::key_gradient_segment(const Backward& call, Tokens<T> grad_row
   const auto values_of_head = [&](Index g) { return keys_of(inputs.value, s, g * value_dim(), true); };
   const auto queries_of_head = [&](Index h) { return queries_of(inputs.query, s, h * dim(), true); };
   const auto grad_out_of_head = [&](Index h) { return queries_of(call.grad_out, s, h * value_dim(), true); };
+  const auto grad_key_of_head = [&](Index g) { return keys_of(call.grad.key, s, g * dim(), true); };
+  const auto grad_value_of_head = [&](Index g) { return keys_of(call.grad.value, s, g * value_dim(), true); };
 
   TokenTile<T> query(scratch, dim()), key(scratch, dim()), value(scratch, value_dim()), grad_out(scratch, value_dim());
   TokenTile<T> grad_key(scratch, dim()), grad_value(scratch, value_dim()), of_head(scratch, value_dim());
@@ -138,6 +141,8 @@ void KernelSum<T>::key_gradient_segment(const Backward& call, Tokens<T> grad_row
     if (step.sums_only) return;
     values_of_head(g).from(next.query).announce(ahead, next.queries, value_dim());
     keys_of_head(g).from(next.query).announce(ahead, next.queries, dim());
+    grad_key_of_head(g).from(next.query).announce(ahead, next.queries, dim());
+    grad_value_of_head(g).from(next.query).announce(ahead, next.queries, value_dim());
   };
   step.for_each_chunk(announce, [&](const Chunk& chunk, Index g) {
     const Index keys = chunk.queries;
@@ -191,11 +196,11 @@ void KernelSum<T>::key_gradient_segment(const Backward& call, Tokens<T> grad_row
       if (step.sums_only) continue;
       key.chain(keys_of_head(g).from(chunk.query), keys, map(r), normalize_features, grad_key);
       grad_key.hide(keys, shown);
-      grad_key.store(keys_of(call.grad.key, s, g * dim(), true).from(chunk.query), keys, nullptr, call.add || r > 0);
+      grad_key.store(grad_key_of_head(g).from(chunk.query), keys, nullptr, call.add || r > 0);
     }
     if (step.sums_only) return;
     grad_value.hide(keys, shown);
-    grad_value.store(keys_of(call.grad.value, s, g * value_dim(), true).from(chunk.query), keys, nullptr, call.add);
+    grad_value.store(grad_value_of_head(g).from(chunk.query), keys, nullptr, call.add);
   });
 }
 

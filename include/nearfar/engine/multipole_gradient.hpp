@@ -1,5 +1,6 @@
 #pragma once
 
+#include <nearfar/engine/fresh_gradients.hpp>
 #include <nearfar/engine/gradient_tile.hpp>
 #include <nearfar/engine/multipole_walk.hpp>
 
@@ -40,9 +41,6 @@ class MultipoleGradient {
   /// delta and log_sum_exp are those of the sequence's queries, head by head, `stride` apart.
   void backward(const MultipoleWalk<T>& walk, bool far, T scale, const Inputs<T>& inputs, Tokens<const T> grad_out,
                 const double* log_sum_exp, const T* delta, Index stride) {
-    gradients_.query.matrix().setZero();
-    gradients_.key.matrix().setZero();
-    gradients_.value.matrix().setZero();
     const Index tile_rows = tree_.rows_of_blocks(GradientTile<T>::capacity);
     work_.for_each(segments_ * heads_.key_value, [&](Index task, Scratch& scratch) {
       const Index key_head = task % heads_.key_value;
@@ -51,15 +49,12 @@ class MultipoleGradient {
       const Index dim = heads_.dim;
       GradientTile<T> queries(scratch, dim, dim);
       KeyTile<T> keys(scratch, dim, dim);
-      const auto add_near = [&](Index j, const T* grad_key, const T* grad_value) {
-        const Index token = keys.position(j);
-        add(key_row(s, token) + key_head * dim, grad_key);
-        add(value_row(s, token) + key_head * dim, grad_value);
-      };
-      const auto add_far = [&](Index j, const T* grad_key, const T* grad_value) {
-        grad_far_[s].key.add(key_head, keys.position(j), grad_key);
-        grad_far_[s].value.add(key_head, keys.position(j), grad_value);
-      };
+      const auto near_key = [&](Index j) { return key_row(s, keys.position(j)) + key_head * dim; };
+      const auto near_value = [&](Index j) { return value_row(s, keys.position(j)) + key_head * dim; };
+      const auto far_key = [&](Index j) { return grad_far_[s].key.row(key_head, keys.position(j)); };
+      const auto far_value = [&](Index j) { return grad_far_[s].value.row(key_head, keys.position(j)); };
+      FreshGradients<T> fresh(gradients_.key.middle_cols(key_head * dim, dim),
+                              gradients_.value.middle_cols(key_head * dim, dim), own);
       for (Index head = key_head * heads_.group(); head < (key_head + 1) * heads_.group(); ++head) {
         const Tokens<const T> query = inputs.query.middle_cols(head * dim, dim);
         const Tokens<const T> grad = grad_out.middle_cols(head * dim, dim);
@@ -70,16 +65,23 @@ class MultipoleGradient {
           after.add(gradients_.query.row(first) + head * dim, gradients_.query.stride(), tile.count, dim);
           after.add(query.row(first) + tile.count * query.stride(), query.stride(), next, dim);
           after.add(grad.row(first) + tile.count * grad.stride(), grad.stride(), next, dim);
+          if (next > 0) walk.announce({0, first + tile.count, next}, key_head, after);
           queries.load(query.middle_rows(first, tile.count), grad.middle_rows(first, tile.count), first,
                        log_sum_exp + head * stride + first, delta + head * stride + first, scale);
-          walk.near_field(tile, key_head, keys, queries.lookahead(), after,
-                          [&](const auto& band) { queries.visit(keys, band, add_near); });
+          walk.near_field(tile, key_head, keys, queries.lookahead(), after, [&](const auto& band) {
+            const Index end = keys.position(keys.count() - 1) + 1;
+            fresh.reach(end);
+            fresh.announce(queries.lookahead(), end + KeyTile<T>::capacity);
+            queries.visit(keys, band, near_key, near_value);
+          });
           if (far) {
-            walk.far_field(tile, key_head, keys, [&](const auto& band) { queries.visit(keys, band, add_far); });
+            walk.far_field(tile, key_head, keys,
+                           [&](const auto& band) { queries.visit(keys, band, far_key, far_value); });
           }
           queries.finish(gradients_.query.middle_rows(first, tile.count).middle_cols(head * dim, dim));
         }
       }
+      fresh.reach(own.end);
     });
     add_strips();
     add_far_fields();
@@ -110,11 +112,6 @@ class MultipoleGradient {
     if (token < own.first) return strip(s, false, value).row(token - (own.first - tree_.block()));
     if (token >= own.end) return strip(s, true, value).row(token - own.end);
     return gradient.row(token);
-  }
-
-  void add(T* to, const T* from) const {
-    using Row = Eigen::Array<T, 1, Eigen::Dynamic>;
-    Eigen::Map<Row>(to, heads_.dim) += Eigen::Map<const Row>(from, heads_.dim);
   }
 
   // A segment's tokens take what its neighbours' strips hold of them: of the segment before, then of the one after.

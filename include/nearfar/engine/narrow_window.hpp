@@ -188,7 +188,8 @@ class NarrowWindow {
     for (Index q = 0; q < queries_at_once; ++q) {
       const bool unseen = sums[q] == T(0);
       inverse[q] = unseen ? T(0) : T(1) / sums[q];
-      if (log_sum_exp != nullptr) {
+      // A stand-in sees other keys.
+      if (log_sum_exp != nullptr && q < queries.count) {
         log_sum_exp[head * inputs_.query.rows() + row(q)] = natural_log_sum_exp(maxima[q], sums[q]);
       }
     }

@@ -84,11 +84,8 @@ class PooledQueries {
       const Index rows = tree_.level(l).groups * tree_.rank();
       GradientTile<T> queries(scratch, heads_.dim, heads_.dim);
       KeyTile<T> keys(scratch, heads_.dim, heads_.dim);
-      const auto add = [&](Index j, const T* grad_key, const T* grad_value) {
-        const Index row = origin + keys.position(j);
-        grad_far.key.add(key_head, row, grad_key);
-        grad_far.value.add(key_head, row, grad_value);
-      };
+      const auto grad_key = [&](Index j) { return grad_far.key.row(key_head, origin + keys.position(j)); };
+      const auto grad_value = [&](Index j) { return grad_far.value.row(key_head, origin + keys.position(j)); };
       for (Index head = key_head * heads_.group(); head < (key_head + 1) * heads_.group(); ++head) {
         for (Index first = 0; first < rows; first += queries_a_tile) {
           const Index count = std::min(queries_a_tile, rows - first);
@@ -96,7 +93,8 @@ class PooledQueries {
           queries.template load<T>(query_.tokens(head, origin + first, count),
                                    sums.grad_out.tokens(head, origin + first, count), first, sums.reference + place,
                                    sums.delta + place, scale_);
-          walk.far_level(l, first, count, key_head, keys, [&](const auto& band) { queries.visit(keys, band, add); });
+          walk.far_level(l, first, count, key_head, keys,
+                         [&](const auto& band) { queries.visit(keys, band, grad_key, grad_value); });
           queries.finish(grad_pooled.tokens(head, origin + first, count));
         }
       }

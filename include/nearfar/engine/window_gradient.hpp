@@ -1,6 +1,7 @@
 #pragma once
 
 #include <nearfar/detail/tiles.hpp>
+#include <nearfar/engine/fresh_gradients.hpp>
 #include <nearfar/engine/gradient_tile.hpp>
 
 #include <algorithm>
@@ -18,9 +19,10 @@ void softmax_delta(Work& work, const Heads& heads, Tokens<const Scalar> out, Tok
   work.for_each((out.rows() + rows - 1) / rows, [&](Index task, Scratch&) {
     for (Index i = task * rows; i < std::min((task + 1) * rows, out.rows()); ++i) {
       for (Index h = 0; h < heads.query; ++h) {
-        T sum = 0;
-        for (Index c = h * width; c < (h + 1) * width; ++c) sum += T(out(i, c)) * T(grad_out(i, c));
-        delta[h * out.rows() + i] = sum;
+        const auto features = [&](const auto& tokens) {
+          return tokens.matrix().row(i).segment(h * width, width).array().template cast<T>();
+        };
+        delta[h * out.rows() + i] = (features(out) * features(grad_out)).sum();
       }
     }
   });
@@ -41,6 +43,8 @@ void window_gradient(Work& work, const Heads& heads, Window window, double scale
   constexpr Index capacity = GradientTile<T>::capacity;
   constexpr Index enough_tasks = 16;
   constexpr Index shortest_segment = 512;
+  // With more of them, queries and their weights would crowd what is fetched ahead out of the second-level cache.
+  constexpr Index keys_a_visit = 64;
   const Index dim = heads.dim;
   const Index value_dim = heads.value_width();
   const Index queries = inputs.query.rows();
@@ -80,45 +84,55 @@ void window_gradient(Work& work, const Heads& heads, Window window, double scale
     const Tokens grad_key = gradients.key.middle_rows(rows.key_begin, rows.key_count).middle_cols(key_head * dim, dim);
     const Tokens grad_value =
         gradients.value.middle_rows(rows.key_begin, rows.key_count).middle_cols(key_head * value_dim, value_dim);
-    grad_key.middle_rows(own.first, own.count()).matrix().setZero();
-    grad_value.middle_rows(own.first, own.count()).matrix().setZero();
 
     GradientTile<T> tile(scratch, dim, value_dim);
     KeyTile<T> keys(scratch, dim, value_dim);
-    const auto add = [&](Index j, const T* to_key, const T* to_value) {
-      Scalar* key_row = grad_key.row(keys.position(j));
-      Scalar* value_row = grad_value.row(keys.position(j));
-      for (Index c = 0; c < dim; ++c) key_row[c] += Scalar(to_key[c]);
-      for (Index c = 0; c < value_dim; ++c) value_row[c] += Scalar(to_value[c]);
-    };
+    const auto grad_key_row = [&](Index j) { return grad_key.row(keys.position(j)); };
+    const auto grad_value_row = [&](Index j) { return grad_value.row(keys.position(j)); };
+    FreshGradients<Scalar> fresh(grad_key, grad_value, own);
     for (Index h = key_head * heads.group(); h < (key_head + 1) * heads.group(); ++h) {
       const Tokens to = grad_query(s).middle_rows(rows.query_begin, rows.query_count).middle_cols(h * dim, dim);
-      // The first segment also clears the rows of queries that see none of its keys.
-      const Range cleared = s == 0 ? Range{0, rows.query_count} : queries_seeing;
-      to.middle_rows(cleared.first, cleared.count()).matrix().setZero();
+      if (s == 0) {
+        to.middle_rows(0, queries_seeing.first).matrix().setZero();
+        to.middle_rows(queries_seeing.end, rows.query_count - queries_seeing.end).matrix().setZero();
+      }
       for (Index i = queries_seeing.first; i < queries_seeing.end; i += capacity) {
         const Index count = std::min(capacity, queries_seeing.end - i);
         const Index row = rows.query_begin + i;
-        tile.load(inputs.query.middle_rows(row, count).middle_cols(h * dim, dim),
-                  grad_out.middle_rows(row, count).middle_cols(h * value_dim, value_dim), i,
-                  log_sum_exp + h * queries + row, delta + h * queries + row, T(scale));
+        const Tokens query = inputs.query.middle_cols(h * dim, dim);
+        const Tokens grad = grad_out.middle_cols(h * value_dim, value_dim);
+        tile.load(query.middle_rows(row, count), grad.middle_rows(row, count), i, log_sum_exp + h * queries + row,
+                  delta + h * queries + row, T(scale));
         const Range seen = band.seen_by_any(i, count);
         const Index end = std::min(seen.end, own.end);
         for (Index j = std::max(seen.first, own.first); j < end; ++j) {
           if (mask == nullptr || mask[j] != 0) keys.append(key.row(j), value.row(j), j);
-          if (keys.full() || j + 1 == end) {
-            Lookahead& ahead = tile.lookahead();
-            ahead.clear();
-            const Index next = std::min(end - (j + 1), KeyTile<T>::capacity);
-            ahead.add(key.row(j) + key.stride(), key.stride(), next, dim);
-            ahead.add(value.row(j) + value.stride(), value.stride(), next, value_dim);
-            tile.visit(keys, band, add);
-            keys.clear();
+          if (keys.count() < keys_a_visit && j + 1 < end) continue;
+          fresh.reach(j + 1);
+          Lookahead& ahead = tile.lookahead();
+          ahead.clear();
+          const auto announce_keys = [&](Index first, Index last) {
+            const Index keys_ahead = std::min(last - first, keys_a_visit);
+            ahead.add(key.row(0) + first * key.stride(), key.stride(), keys_ahead, dim);
+            ahead.add(value.row(0) + first * value.stride(), value.stride(), keys_ahead, value_dim);
+            fresh.announce(ahead, first + keys_ahead);
+          };
+          announce_keys(j + 1, end);
+          const Index next = i + count;
+          const Index queries_ahead = std::min(capacity, queries_seeing.end - next);
+          if (j + 1 == end) ahead.add(to.row(i), to.stride(), count, dim);
+          if (j + 1 == end && queries_ahead > 0) {
+            announce_keys(std::max(band.first(next), own.first), own.end);
+            ahead.add(query.row(row + count), query.stride(), queries_ahead, dim);
+            ahead.add(grad.row(row + count), grad.stride(), queries_ahead, value_dim);
           }
+          tile.visit(keys, band, grad_key_row, grad_value_row);
+          keys.clear();
         }
         tile.finish(to.middle_rows(i, count));
       }
     }
+    fresh.reach(own.end);
   });
   if (segments == 1) return;
 
