@@ -258,8 +258,8 @@ class GradientTile {
           const Index query = vector.first * lanes<T>;
           multiply_add(sum, Broadcast<T>{factor + at(group.first + first, p) + query, width, 1},
                        rows + (p * width + query) * stride + column, stride, vector.count() * lanes<T>, [&](Index k) {
-                         if (k % 8 == 0) rows_ahead_.step();
-                         if (k % 8 == 4) lookahead_.step();
+                         if (k % 2 == 0) rows_ahead_.step();
+                         if (k % 2 == 1) lookahead_.step();
                        });
         }
         NEARFAR_UNROLL for (int j = 0; j < count; ++j) {
