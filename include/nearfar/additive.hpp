@@ -58,8 +58,8 @@ struct AdditiveParameters {
 /// Shapes: query and out n x D with D = heads.query * dim, key and value n x (heads.key_value * dim): values as wide as
 /// keys, as many keys as queries.
 /// Time O(n D heads), or O(n D) with per-head weights, and n D^2 for the transform. Memory beside inputs and out:
-/// O(D (heads + D)); backward of the causal form O(n D heads / 64) more, and with the transform one n x D matrix. A
-/// second call of the same shapes allocates nothing.
+/// O(D (heads + D)); backward of the causal form with the transform one n x D matrix more. A second call of the same
+/// shapes allocates nothing.
 ///
 /// The key mask takes tokens out of both softmaxes: their keys are not read, their queries and values only for their
 /// own rows of out, which follow the equation. Where no token is left (causal: none up to t) gk is zero and the value

@@ -72,8 +72,8 @@ NEARFAR_INLINE void prefetch_far(const void* address) {
 }
 
 /// Stores a vector past the caches, where an ordinary store first reads the line that it is going to fill: only for
-/// what is larger than the caches, and not read soon. `to` must be aligned to the vector; other threads see the store
-/// after a std::atomic_thread_fence.
+/// what is larger than the caches, and not read soon. `to` must be aligned to the vector; other threads may read it
+/// after order_stores().
 template <class P, class T>
 NEARFAR_INLINE void store_past_caches(T* to, const P& vector) {
 #if defined(__clang__)
@@ -87,6 +87,33 @@ NEARFAR_INLINE void store_past_caches(T* to, const P& vector) {
   pstoreu(to, vector);
 #endif
 }
+
+/// Puts stores past the caches, which x86 leaves in no order, before all stores that follow.
+NEARFAR_INLINE void order_stores() {
+#if defined(__SSE__)
+  _mm_sfence();
+#endif
+}
+
+/// What takes vectors, or numbers, to a row that will be read soon.
+struct Keep {
+  template <class P, class T>
+  NEARFAR_INLINE void operator()(T* to, const P& numbers) const {
+    pstoreu(to, numbers);
+  }
+};
+
+/// And to a row that will not be, of a matrix too large for a cache.
+struct PastCaches {
+  template <class P, class T>
+  NEARFAR_INLINE void operator()(T* to, const P& numbers) const {
+    if constexpr (sizeof(P) > sizeof(T)) {
+      store_past_caches(to, numbers);
+    } else {
+      pstoreu(to, numbers);
+    }
+  }
+};
 
 /// Loads a vector once, for several uses: left to itself the compiler may read memory again for each of them, and a
 /// load costs as much as a multiply-add.

@@ -7,9 +7,7 @@
 #include <nearfar/mask.hpp>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
-#include <type_traits>
 
 namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
@@ -59,25 +57,26 @@ struct AdditiveGradients {
   T* b_t;         ///< added to; null without bias
 };
 
-/// What takes vectors to the rows of a matrix, as long as they will be read soon.
-struct Keep {
-  template <class P, class T>
-  NEARFAR_INLINE void operator()(T* to, const P& numbers) const {
-    pstoreu(to, numbers);
-  }
-};
+/// Whether the rows of a matrix are best stored past the caches: they would flush them, and fill whole vectors.
+template <class T>
+bool past_caches(const Tokens<T>& rows) {
+  // More than a call can hope to leave in a cache for the next.
+  constexpr Index cache_bytes = Index{32} << 20;
+  constexpr auto vector = Index{sizeof(Packet<T>)};
+  return rows.rows() * rows.cols() * Index{sizeof(T)} >= cache_bytes &&
+         reinterpret_cast<std::uintptr_t>(rows.data()) % vector == 0 && rows.stride() * Index{sizeof(T)} % vector == 0;
+}
 
-/// Where they will not be, and are too many for a cache.
-struct PastCaches {
-  template <class P, class T>
-  NEARFAR_INLINE void operator()(T* to, const P& numbers) const {
-    if constexpr (sizeof(P) > sizeof(T)) {
-      store_past_caches(to, numbers);
-    } else {
-      pstoreu(to, numbers);
-    }
+/// Calls visit(store) with what stores the rows of a matrix.
+template <class T, class Visit>
+void with_store(const Tokens<T>& rows, Visit&& visit) {
+  if (past_caches(rows)) {
+    visit(PastCaches{});
+    order_stores();
+  } else {
+    visit(Keep{});
   }
-};
+}
 
 /// u = gk * v + q feature by feature, each key/value head serving its group of query heads; gk or q may be null (zero).
 /// Asks for what lies `ahead` numbers behind the value and the query.
@@ -114,25 +113,29 @@ NEARFAR_INLINE void blend_row(const Heads& heads, const T* global_key, const T* 
   }
 }
 
-/// The gradient of u = gk * v: grad_v = gk * grad_u, summed over the query heads of a group, and
-/// grad_gk = before + grad_u * v, where before may be null (zero).
-template <class T>
+/// The gradient of u = gk * v: grad_v = gk * grad_u, summed over the query heads of a group, taken by `store`, and
+/// grad_gk = grad_u * v, added to what is there or written.
+template <class T, class Store = Keep>
 void blend_row_backward(const Heads& heads, const T* global_key, const T* value, const T* grad_u, T* grad_value,
-                        const T* before, T* grad_global_key) {
+                        bool add, T* grad_global_key, Store&& store = {}) {
   const Index group = heads.group();
-  for (Index g = 0; g < heads.key_value; ++g) {
-    for_each_packet<T>(heads.dim, [&](auto by, Index c) {
-      using P = typename decltype(by)::template Of<T>;
-      const P v = ploadu<P>(value + g * heads.dim + c);
-      P sum = pset1<P>(T(0));
-      for (Index h = g * group; h < (g + 1) * group; ++h) {
-        const Index at = h * heads.dim + c;
-        const P grad = ploadu<P>(grad_u + at);
-        sum = pmadd(grad, ploadu<P>(global_key + at), sum);
-        pstoreu(grad_global_key + at, pmadd(grad, v, before == nullptr ? pset1<P>(T(0)) : ploadu<P>(before + at)));
-      }
-      pstoreu(grad_value + g * heads.dim + c, sum);
-    });
+  const Index dim = heads.dim;
+  for (Index g = 0; g < heads.key_value; ++g, value += dim, grad_value += dim) {
+    for (Index h = g * group; h < (g + 1) * group; ++h, global_key += dim, grad_u += dim, grad_global_key += dim) {
+      for_each_packet<T>(dim, [=](auto by, Index c) {
+        using P = typename decltype(by)::template Of<T>;
+        const P grad = ploadu<P>(grad_u + c);
+        const P product = pmul(grad, ploadu<P>(value + c));
+        pstoreu(grad_global_key + c, add ? P(padd(product, ploadu<P>(grad_global_key + c))) : product);
+        const P own = pmul(grad, ploadu<P>(global_key + c));
+        // The sum over a group is read again before it is done.
+        if (group == 1) {
+          store(grad_value + c, own);
+        } else {
+          pstoreu(grad_value + c, h == g * group ? own : P(padd(own, ploadu<P>(grad_value + c))));
+        }
+      });
+    }
   }
 }
 
@@ -147,18 +150,6 @@ struct AdditiveOut {
   PackedMatrix<T> w_t;      ///< transposed
   const T* b_t;             ///< null: no bias
   AdditiveSaved<T>* saved;  ///< null: nothing is kept
-
-  /// Whether whole vectors of out may go past the caches, which it would flush.
-  bool past_caches() const {
-    constexpr auto vector = Index{sizeof(Packet<T>)};
-    const Index row = rows.stride() * Index{sizeof(T)};
-    return !transform && reinterpret_cast<std::uintptr_t>(rows.data()) % vector == 0 && row % vector == 0 &&
-           rows.rows() * rows.cols() * Index{sizeof(T)} >= cache_bytes;
-  }
-
- private:
-  /// More than a call can hope to leave in a cache for the next.
-  static constexpr Index cache_bytes = Index{32} << 20;
 };
 
 /// How many tokens ahead memory is asked for values and queries.
@@ -174,23 +165,21 @@ void write_rows(const AdditiveCall<T>& call, const AdditiveOut<T>& out, Index fi
                 Scratch& scratch, GlobalKey&& global_key) {
   const Scratch::Scope scope(scratch);
   const Index width = call.width();
-  const bool past_caches = out.past_caches();
   const Tokens<T> rows = out.rows.middle_rows(first, count);
   const Tokens<T> u = out.transform ? Tokens<T>(scratch.take<T>(count * width), count, width, width) : rows;
   const bool add_query = call.add_query && !out.transform;
   const T* const none = nullptr;
-  for (Index i = 0; i < count; ++i) {
-    const Index token = first + i;
-    const auto later = [&](Index tokens) { return std::min(tokens, call.inputs.query.rows() - 1 - token); };
-    const auto blend = [&](auto store) {
+  const auto blend = [&](auto store) {
+    for (Index i = 0; i < count; ++i) {
+      const Index token = first + i;
+      const auto later = [&](Index tokens) { return std::min(tokens, call.inputs.query.rows() - 1 - token); };
       blend_row<T>(call.heads, global_key(token), call.inputs.value.row(token),
                    add_query ? call.inputs.query.row(token) : none, u.row(i),
                    later(ahead.value) * call.inputs.value.stride(), later(ahead.query) * call.inputs.query.stride(),
                    store);
-    };
-    past_caches ? blend(PastCaches{}) : blend(Keep{});
-  }
-  if (past_caches) std::atomic_thread_fence(std::memory_order_seq_cst);
+    }
+  };
+  out.transform ? blend(Keep{}) : with_store(out.rows, blend);
   if (!out.transform) return;
   for (Index i = 0; i < count; ++i) {
     T* const row = rows.row(i);
@@ -262,13 +251,13 @@ void transform_weights_backward(const AdditiveCall<T>& call, const AdditiveGradi
   });
 }
 
-/// Sums the gradients of score weights over stretches, in their order: parts holds a padded heads x width matrix each.
+/// Sums `count` parts of the gradients of score weights in their order, each a padded heads x width matrix.
 template <class T>
-void sum_weight_gradients(const AdditiveCall<T>& call, const T* parts, Tokens<T> sum) {
+void sum_weight_gradients(const AdditiveCall<T>& call, const T* parts, Index count, Tokens<T> sum) {
   const Index size = call.query_shape().padded() * call.width();
   call.work.for_each(call.heads.query, [&](Index h, Scratch&) {
     std::fill_n(sum.row(h), call.width(), T(0));
-    for (Index s = 0; s < call.stretches.count(); ++s) {
+    for (Index s = 0; s < count; ++s) {
       const T* const part = parts + s * size + h * call.width();
       for (Index c = 0; c < call.width(); ++c) sum(h, c) += part[c];
     }

@@ -103,7 +103,7 @@ void additive_global(const AdditiveCall<T>& call, const AdditiveOut<T>& out) {
     for (Index c = 0; c < width; ++c) global_key[c] = queries.mean(b)[c] * keys.mean(b)[c];
     const bool seen = keys[b].sum[0] != T(0);
     // Beside stores past the caches the memory's own prefetching does better.
-    const Ahead ahead = out.past_caches() ? Ahead{} : Ahead{2, 2};
+    const Ahead ahead = past_caches(out.rows) ? Ahead{} : Ahead{2, 2};
     for (Index first = stretch.first; first < stretch.end(); first += transform_rows) {
       write_rows(call, out, first, std::min(transform_rows, stretch.end() - first), ahead, scratch,
                  [&](Index) { return seen ? global_key : nullptr; });
@@ -124,37 +124,30 @@ template <class T, class WeightsOf>
 void pool_sequences_backward(const AdditiveCall<T>& call, const PoolingShape& shape, Tokens<const T> rows,
                              WeightsOf&& weights_of, const Matrix<T>& token_weights, const Matrix<T>& means,
                              const T* grad_means, Tokens<const T> start, Tokens<T> grad_rows, T* parts) {
-  const Index padded = shape.padded();
+  const Index size = shape.padded() * shape.cols();
   call.work.for_each(call.stretches.count(), [&](Index s, Scratch& scratch) {
     const Stretch& stretch = call.stretches[s];
-    const T* const mean = means.row(stretch.sequence).data();
     const T* const grad_mean = grad_means + stretch.sequence * shape.width();
-    const T* const weights = interleave(shape, weights_of(stretch.sequence, scratch), scratch);
-    T* const grad_weights = scratch.take<T>(padded * shape.cols());
-    std::fill_n(grad_weights, padded * shape.cols(), T(0));
-    T* const center = scratch.take<T>(padded);
-    for (Index h = 0; h < shape.heads; ++h) {
-      center[h] = dot(mean + h * shape.dim, grad_mean + h * shape.dim, shape.dim);
-    }
-    T* const weight = scratch.take<T>(block_tokens * padded);
-    for_each_block(
-        stretch, 1, [&](Index token) { return call.sees(token); },
-        [&](const Index* token, Index count) {
-          for (Index i = 0; i < count; ++i) {
-            std::copy_n(token_weights.row(token[i]).data(), padded, weight + i * padded);
-          }
-          pool_backward<T>(shape, weights, {rows, token, count}, weight, center, grad_mean, start, grad_rows,
-                           grad_weights);
-        });
-    undo_interleave(shape, grad_weights, parts + s * padded * shape.cols());
-    for (Index i = stretch.first; i < stretch.end(); ++i) {
-      if (call.sees(i)) continue;
-      if (start.data() == nullptr) {
-        std::fill_n(grad_rows.row(i), shape.cols(), T(0));
-      } else {
-        std::copy_n(start.row(i), shape.cols(), grad_rows.row(i));
-      }
-    }
+    const T* const weights = weights_of(stretch.sequence, scratch);
+    T* const center = scratch.take<T>(shape.padded());
+    // The means stand head by head, as one row of as many heads of their own.
+    dot_heads(PoolingShape{shape.heads, shape.dim}, means.row(stretch.sequence).data(), grad_mean, center);
+    std::fill_n(parts + s * size, size, T(0));
+    with_store(grad_rows, [&](auto store) {
+      for_each_run(
+          stretch.first, stretch.end(), [&](Index token) { return call.sees(token); },
+          [&](Index first, Index count) {
+            pool_backward(shape, weights, rows, first, count, token_weights, center, grad_mean, start, grad_rows,
+                          parts + s * size, store, scratch);
+          },
+          [&](Index token) {
+            if (start.data() == nullptr) {
+              std::fill_n(grad_rows.row(token), shape.cols(), T(0));
+            } else {
+              std::copy_n(start.row(token), shape.cols(), grad_rows.row(token));
+            }
+          });
+    });
   });
 }
 
@@ -216,15 +209,17 @@ void additive_global_backward(const AdditiveCall<T>& call, const AdditiveGradien
     const T* const global_key = global_keys + stretches[s].sequence * width;
     T* const grad_global_key = parts + s * width;
     std::fill_n(grad_global_key, width, T(0));
-    for (Index token = stretches[s].first; token < stretches[s].end(); ++token) {
-      T* const grad_value = grad.inputs.value.row(token);
-      if (reads_value(call, grad, token)) {
-        blend_row_backward(call.heads, global_key, call.inputs.value.row(token), grad.u.row(token), grad_value,
-                           grad_global_key, grad_global_key);
-      } else {
-        std::fill_n(grad_value, call.heads.value_cols(), T(0));
+    with_store(grad.inputs.value, [&](auto store) {
+      for (Index token = stretches[s].first; token < stretches[s].end(); ++token) {
+        T* const grad_value = grad.inputs.value.row(token);
+        if (reads_value(call, grad, token)) {
+          blend_row_backward(call.heads, global_key, call.inputs.value.row(token), grad.u.row(token), grad_value, true,
+                             grad_global_key, store);
+        } else {
+          std::fill_n(grad_value, call.heads.value_cols(), T(0));
+        }
       }
-    }
+    });
   });
   if (grad.w_t.data() != nullptr) {
     transform_weights_backward(call, grad, [&](Index token, const Stretch& stretch, Index first, Index count, T* u) {
@@ -255,7 +250,7 @@ void additive_global_backward(const AdditiveCall<T>& call, const AdditiveGradien
       call, call.query_shape(), call.inputs.query, [&](Index, Scratch&) { return call.w_q; }, saved.query_weights,
       saved.query_means, grad_global_queries, call.add_query ? grad.out : Tokens<const T>{}, grad.inputs.query,
       weight_parts);
-  sum_weight_gradients(call, weight_parts, grad.w_q);
+  sum_weight_gradients(call, weight_parts, stretches.count(), grad.w_q);
 }
 
 }  // namespace detail

@@ -77,14 +77,16 @@ NEARFAR_INLINE void advance_means(const PoolingShape& shape, const T* weight, co
 /// with keep_it = (1 - weight_(i+1)) ... (1 - weight_t), what is left at t of a weight that was 1 at row i.
 template <class T>
 struct SuffixSums {
-  T* vector;  // heads x dim
-  T* scalar;  // padded heads
-  T* keep;    // padded heads: of all rows passed
+  T* vector;   // heads x dim
+  T* scalar;   // padded heads
+  T* keep;     // padded heads: of all rows passed
+  T* product;  // padded heads: room for inner products
 
-  static Index size(const PoolingShape& shape) { return 2 * shape.padded() + shape.width(); }
+  static Index size(const PoolingShape& shape) { return 3 * shape.padded() + shape.width(); }
 
   static SuffixSums at(T* memory, const PoolingShape& shape) {
-    return {memory + 2 * shape.padded(), memory, memory + shape.padded()};
+    const Index padded = shape.padded();
+    return {memory + 3 * padded, memory, memory + padded, memory + 2 * padded};
   }
 
   void start(const PoolingShape& shape) const {
@@ -113,24 +115,33 @@ struct SuffixSums {
 template <class T>
 void prefix_backward_row(const PoolingShape& shape, const T* mean, const T* grad_mean, const T* weight, const T* x,
                          const SuffixSums<T>& after, T* grad_x, T* grad_scores) {
+  dot_heads(shape, mean, grad_mean, after.product);
   for (Index h = 0; h < shape.heads; ++h) {
-    const Index first = h * shape.dim;
-    T* const vector = after.vector + first;
-    after.scalar[h] += dot(mean + first, grad_mean + first, shape.dim);
+    after.scalar[h] += after.product[h];
     const T share = weight == nullptr ? T(0) : weight[h];
-    for_each_packet<T>(shape.dim, [&](auto by, Index c) {
+    for_each_packet<T>(shape.dim, [=, vector = after.vector + h * shape.dim, at = h * shape.dim](auto by, Index c) {
       using P = typename decltype(by)::template Of<T>;
-      const P sum = padd(ploadu<P>(vector + c), ploadu<P>(grad_mean + first + c));
+      const P sum = padd(ploadu<P>(vector + c), ploadu<P>(grad_mean + at + c));
       pstoreu(vector + c, sum);
-      if (x != nullptr) pstoreu(grad_x + first + c, pmul(pset1<P>(share), sum));
+      if (x != nullptr) pstoreu(grad_x + at + c, pmul(pset1<P>(share), sum));
     });
-    if (weight == nullptr) continue;
-    if (x != nullptr) grad_scores[h] = ln_2<T> * share * (dot(x + first, vector, shape.dim) - after.scalar[h]);
-    // A row that takes all the weight leaves nothing to those before it.
+  }
+  if (weight == nullptr) return;
+  if (x != nullptr) dot_heads(shape, x, after.vector, after.product);
+  for (Index h = 0; h < shape.heads; ++h) {
+    const T share = weight[h];
+    if (x != nullptr) grad_scores[h] = ln_2<T> * share * (after.product[h] - after.scalar[h]);
+    // A row that takes all the weight leaves nothing to those before it, not even what is not finite.
     const T left = T(1) - share;
-    after.scalar[h] = left == T(0) ? T(0) : left * after.scalar[h];
     after.keep[h] *= left;
-    for (Index c = 0; c < shape.dim; ++c) vector[c] = left == T(0) ? T(0) : left * vector[c];
+    T* const vector = after.vector + h * shape.dim;
+    if (left == T(0)) {
+      after.scalar[h] = T(0);
+      std::fill_n(vector, shape.dim, T(0));
+    } else {
+      after.scalar[h] *= left;
+      for (Index c = 0; c < shape.dim; ++c) vector[c] *= left;
+    }
   }
 }
 

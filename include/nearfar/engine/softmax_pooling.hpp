@@ -137,40 +137,23 @@ NEARFAR_INLINE void sum_vectors(P (&vectors)[Count], T* to) {
   }
 }
 
-/// How the kernels want weights: those of each block of heads side by side, vector by vector (then number by number, in
-/// the columns that fill no vector), so that one pointer walks them. Heads that see their own columns alone need
-/// nothing of the kind. visit(place, h, c) is called for all places in order.
-template <class T, class Visit>
-void for_each_interleaved(const PoolingShape& shape, Visit&& visit) {
-  const Index cols = shape.cols();
-  const Index in_vectors = cols / lanes<T> * lanes<T>;
-  Index place = 0;
-  for (Index first = 0; first < shape.padded(); first += head_block) {
-    for (Index c = 0; c < cols; c += c < in_vectors ? lanes<T> : 1) {
-      for (Index h = first; h < first + head_block; ++h) {
-        for (Index i = c; i < (c < in_vectors ? c + lanes<T> : c + 1); ++i) visit(place++, h, i);
-      }
-    }
-  }
-}
-
-/// `memory` is what it takes memory of.
+/// How score_block wants weights: those of each block of heads side by side, vector by vector (then number by number,
+/// in the columns that fill no vector), so that one pointer walks them. Heads that see their own columns alone need
+/// nothing of the kind. `memory` is what it takes memory of.
 template <class T, class Memory>
 const T* interleave(const PoolingShape& shape, const T* weights, Memory& memory) {
   if (shape.own_columns) return weights;
-  T* const to = memory.template take<T>(shape.padded() * shape.cols());
-  for_each_interleaved<T>(shape, [&](Index place, Index h, Index c) { to[place] = weights[h * shape.cols() + c]; });
-  return to;
-}
-
-template <class T>
-void undo_interleave(const PoolingShape& shape, const T* interleaved, T* weights) {
-  if (shape.own_columns) {
-    std::copy_n(interleaved, shape.padded() * shape.cols(), weights);
-  } else {
-    for_each_interleaved<T>(shape,
-                            [&](Index place, Index h, Index c) { weights[h * shape.cols() + c] = interleaved[place]; });
+  const Index cols = shape.cols();
+  const Index in_vectors = cols / lanes<T> * lanes<T>;
+  T* const interleaved = memory.template take<T>(shape.padded() * cols);
+  T* to = interleaved;
+  for (Index first = 0; first < shape.padded(); first += head_block) {
+    for (Index c = 0, width; c < cols; c += width) {
+      width = c < in_vectors ? lanes<T> : 1;
+      for (Index h = first; h < first + head_block; ++h) to = std::copy_n(weights + h * cols + c, width, to);
+    }
   }
+  return interleaved;
 }
 
 /// Rows that are shown to a pooling together, and rows to ask memory for meanwhile.

@@ -56,39 +56,54 @@ class Stretches {
   Stretch* stretches_;
 };
 
-/// The stretches of each sequence take turns in their order, while the rest of what their tasks do runs side by side.
-/// Tasks must be started in the order of stretches: then some task can always go on.
+/// The stretches of each sequence take turns in their order, or in the reverse, while the rest of what their tasks do
+/// runs side by side. Tasks must be started in that order: then some task can always go on.
 class Turns {
  public:
-  Turns(Work& work, const Stretches& stretches)
-      : stretches_(stretches), passed_(work.take<Index>(stretches.sequences())) {
+  enum Order { first_first, last_first };
+
+  Turns(Work& work, const Stretches& stretches, Order order = first_first)
+      : stretches_(stretches), order_(order), passed_(work.take<Index>(stretches.sequences())) {
     std::fill_n(passed_, stretches.sequences(), Index{0});
   }
 
-  /// Calls body() when all stretches before s in its sequence have had their turn.
+  /// Calls body() when all stretches before s (in the reverse order: behind s) in its sequence have had their turn.
   template <class Body>
   void take(Index s, Body&& body) const {
-    const Turn turn(*this, s);
+    std::atomic_ref<Index> passed(passed_[stretches_[s].sequence]);
+    for (Index now; (now = passed.load(std::memory_order_acquire)) != place(s);) {
+      passed.wait(now, std::memory_order_acquire);
+    }
     body();
+    passed.store(place(s) + 1, std::memory_order_release);
+    passed.notify_all();
   }
 
- private:
-  struct Turn {
-    Turn(const Turns& turns, Index s)
-        : passed(turns.passed_[turns.stretches_[s].sequence]),
-          mine(s - turns.stretches_.of(turns.stretches_[s].sequence).first) {
-      for (Index now; (now = passed.load(std::memory_order_acquire)) != mine;)
-        passed.wait(now, std::memory_order_acquire);
+  /// To be held by a task from its beginning: if it ends by an exception, the others do not wait for its turn forever.
+  class Promise {
+   public:
+    Promise(const Turns& turns, Index s) : turns_(turns), s_(s) {}
+    ~Promise() {
+      const std::atomic_ref<Index> passed(turns_.passed_[turns_.stretches_[s_].sequence]);
+      if (passed.load(std::memory_order_relaxed) <= turns_.place(s_)) turns_.take(s_, [] {});
     }
-    ~Turn() {
-      passed.store(mine + 1, std::memory_order_release);
-      passed.notify_all();
-    }
-    std::atomic_ref<Index> passed;
-    Index mine;
+    Promise(const Promise&) = delete;
+    Promise& operator=(const Promise&) = delete;
+
+   private:
+    const Turns& turns_;
+    Index s_;
   };
 
+ private:
+  /// How many turns come before that of stretch s.
+  Index place(Index s) const {
+    const Range all = stretches_.of(stretches_[s].sequence);
+    return order_ == first_first ? s - all.first : all.end - 1 - s;
+  }
+
   const Stretches& stretches_;
+  Order order_;
   Index* passed_;
 };
 
@@ -114,6 +129,17 @@ void for_each_block(const Stretch& stretch, Index places, Wanted&& wanted, Visit
       }
     }
     visit(static_cast<const Index*>(tokens), listed);
+  }
+}
+
+/// Calls run(first, count) for the longest runs of wanted numbers in [first, end), and other(number) for the rest.
+template <class Wanted, class Run, class Other>
+void for_each_run(Index first, Index end, Wanted&& wanted, Run&& run, Other&& other) {
+  while (first < end) {
+    Index next = first;
+    while (next < end && wanted(next)) ++next;
+    if (next > first) run(first, next - first);
+    for (first = next; first < end && !wanted(first); ++first) other(first);
   }
 }
 
