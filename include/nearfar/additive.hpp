@@ -3,7 +3,7 @@
 #include <nearfar/attention.hpp>
 #include <nearfar/detail/checks.hpp>
 #include <nearfar/engine/additive_global.hpp>
-#include <nearfar/engine/additive_prefix.hpp>
+#include <nearfar/engine/additive_prefix_backward.hpp>
 
 #include <optional>
 #include <string_view>
