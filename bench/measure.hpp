@@ -131,8 +131,10 @@ class Machine {
 };
 
 /// Times call(context) between two samples of the machine, and writes the counters that every row has. The rates are
-/// those of the median call; extra_bytes is the most heap that the first call had in use beyond what stood before it,
-/// the scratch memory of a fresh context included. Gives the seconds of the median call.
+/// those of the median call; percent_of_bandwidth is of the faster triad, as a rule that with stores past the caches:
+/// an ordinary store moves a fourth number that the triad does not count; extra_bytes is the most heap that the first
+/// call had in use beyond what stood before it, the scratch memory of a fresh context included. Gives the seconds of
+/// the median call.
 template <class T, class Call>
 double measure(benchmark::State& state, const Suite& suite, int threads, const Cost& cost, Call&& call) {
   nearfar::Context context(threads);
