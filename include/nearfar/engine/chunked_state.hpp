@@ -29,7 +29,7 @@ struct Pace {
   Lookahead& ahead;
 
   NEARFAR_INLINE void operator()(Index k) const {
-    if (k % 4 == 0) ahead.step();
+    if (k % 2 == 0) ahead.step();
   }
 };
 
