@@ -107,7 +107,7 @@ void merge(const Heads& heads, const PartialAttention<const T>& a, const Partial
   });
 }
 
-/// The gradients of both parts of `merge` from that of the merged result, with the weights w_a = exp(L_a - L), w_b likewise:
+/// The gradients of both parts of `merge` from that of the merged result, with w_a = exp(L_a - L) and w_b likewise:
 ///
 ///   grad_out_a = w_a grad_out      grad_L_a = w_a grad_L + w_a w_b grad_out . (out_a - out_b)
 ///   grad_out_b = w_b grad_out      grad_L_b = w_b grad_L - w_a w_b grad_out . (out_a - out_b)
