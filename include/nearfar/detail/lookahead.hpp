@@ -18,7 +18,7 @@ class Lookahead {
 
   template <class T>
   void add(const T* data, Index stride, Index rows, Index cols) {
-    if (rows <= 0) return;
+    if (rows <= 0 || regions_ == static_cast<int>(region_.size())) return;
     region_[static_cast<std::size_t>(regions_++)] = {reinterpret_cast<const char*>(data), stride * Index{sizeof(T)},
                                                      rows, cols * Index{sizeof(T)}};
     if (rows_ == 0) open(regions_ - 1);

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <nearfar/engine/key_tile.hpp>
+#include <nearfar/engine/microkernel.hpp>
 
 #include <algorithm>
 

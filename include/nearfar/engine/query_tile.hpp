@@ -4,6 +4,7 @@
 #include <nearfar/engine/key_tile.hpp>
 #include <nearfar/engine/lane_mask.hpp>
 #include <nearfar/engine/microkernel.hpp>
+#include <nearfar/engine/panel_keys.hpp>
 #include <nearfar/mask.hpp>
 #include <nearfar/online_softmax.hpp>
 
@@ -52,14 +53,14 @@ class QueryTile {
   template <class Band>
   void visit(const KeyTile<T>& keys, const Band& band) {
     for (Index p = 0; p < panels(); ++p) {
-      const Seen seen = seen_by(p, keys, band);
+      const PanelKeys seen(keys, band, first_ + p * width, in_panel(p), 4);
       if (seen.any.count() == 0) continue;
       Packet<T> max[vectors] = {pset1<Packet<T>>(-infinity<T>), pset1<Packet<T>>(-infinity<T>)};
-      score<1>(p, 0, keys, {seen.any.first, seen.shared.first});
+      score<1>(p, 0, keys, seen.before());
       score<vectors>(p, 0, keys, {seen.shared.first, seen.all.first});
       score<vectors>(p, 0, keys, seen.all, max);
       score<vectors>(p, 0, keys, {seen.all.end, seen.shared.end});
-      score<1>(p, 1, keys, {seen.shared.end, seen.any.end});
+      score<1>(p, 1, keys, seen.after());
       const LaneMask<T, Band> mask{band, keys, first_ + p * width};
       hide(mask, {seen.any.first, seen.all.first}, max);
       hide(mask, {seen.all.end, seen.any.end}, max);
@@ -117,42 +118,7 @@ class QueryTile {
   }
 
  private:
-  // The keys of a tile that some query of a panel sees; those among them that are scored for all its vectors, the ones
-  // before being for the first vector alone and the ones after for the last; and those that every query sees.
-  struct Seen {
-    Range any;
-    Range shared;
-    Range all;
-  };
-
   T* query(Index p) const { return query_ + p * width * dim_; }
-
-  // Ends that would fall between register tiles move outward, to keys that the mask hides, or inward.
-  template <class Band>
-  Seen seen_by(Index p, const KeyTile<T>& keys, const Band& band) const {
-    constexpr Index step = tile_rows<vectors>;
-    const Index query = first_ + p * width;
-    const Index count = in_panel(p);
-    const auto down = [](Index place) { return place / 4 * 4; };
-    const auto up = [&](Index place) { return std::min(round_up(place, 4), keys.count()); };
-    Seen seen;
-    seen.any = keys.within(band.seen_by_any(query, count));
-    if (seen.any.count() == 0) return seen;
-    seen.any = {down(seen.any.first), up(seen.any.end)};
-    if (count <= lanes<T>) {
-      seen.shared = seen.all = {seen.any.end, seen.any.end};
-      return seen;
-    }
-    const Range first = keys.within(band.seen_by_any(query, lanes<T>));
-    const Range last = keys.within(band.seen_by_any(query + lanes<T>, count - lanes<T>));
-    seen.shared = {std::clamp(down(last.first), seen.any.first, seen.any.end),
-                   std::clamp(up(first.end), seen.any.first, seen.any.end)};
-    seen.all = keys.within(band.seen_by_all(query, count));
-    seen.all = {std::min(round_up(seen.all.first, step), seen.shared.end),
-                seen.all.end == keys.count() ? seen.all.end : seen.all.end / step * step};
-    if (seen.all.count() == 0) seen.all = {seen.shared.end, seen.shared.end};
-    return seen;
-  }
 
   // The scores of Vectors vectors of a panel, from `vector` on, against some keys, kept at scores_ a row a key; and
   // their maxima, where these are asked for.
@@ -190,16 +156,14 @@ class QueryTile {
   }
 
   // Takes scored keys and their values into the softmax of a panel.
-  void take(Index p, const KeyTile<T>& keys, const Seen& seen, const Packet<T> (&max)[vectors]) {
+  void take(Index p, const KeyTile<T>& keys, const PanelKeys& seen, const Packet<T> (&max)[vectors]) {
     Panel softmax = panel(p);
     Packet<T> correction[vectors];
     softmax.update(scores_ + seen.any.first * width, seen.any.count(), max, correction);
     add_values<vectors>(softmax, 0, keys, seen.shared, correction);
     const Packet<T> one = pset1<Packet<T>>(T(1));
-    const Range before{seen.any.first, seen.shared.first};
-    const Range after{seen.shared.end, seen.any.end};
-    if (before.count() > 0) add_values<1>(softmax, 0, keys, before, &one);
-    if (after.count() > 0) add_values<1>(softmax, 1, keys, after, &one);
+    if (seen.before().count() > 0) add_values<1>(softmax, 0, keys, seen.before(), &one);
+    if (seen.after().count() > 0) add_values<1>(softmax, 1, keys, seen.after(), &one);
   }
 
   // value = factor * value + what some keys add, for Vectors vectors of a panel from `vector` on.
