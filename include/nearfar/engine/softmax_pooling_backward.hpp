@@ -10,7 +10,7 @@ inline namespace NEARFAR_VERSION_NAMESPACE {
 namespace detail {
 
 /// Rows that the backward pass takes at a time: they stay in a cache until all their columns are done.
-inline constexpr Index backward_rows = 16;
+inline constexpr Index backward_rows = 32;
 
 /// The gradient of scores = x weights^T for `count` rows of x, `stride` numbers apart:
 ///
