@@ -6,6 +6,7 @@
 
 #include <gtest/gtest.h>
 
+#include <array>
 #include <string>
 #include <vector>
 
@@ -415,6 +416,34 @@ TEST(Additive, SaysWhatIsWrong) {
   packed.query_offsets = {0, 2, 6};
   EXPECT_EQ(message_of([&] { streaming.extend(state, packed.inputs(), out); }),
             "nearfar::Additive: a stream is one sequence, but query_offsets has 3 numbers.");
+}
+
+// Rows of more than 32 MiB are stored past the caches, if they are aligned to vectors: these are and are not.
+TEST(Additive, LargeMatricesAreStoredAsSmallOnesAre) {
+  for (const Heads& heads : {Heads{8, 8, 64}, Heads{8, 4, 20}}) {
+    for (const bool causal : {false, true}) {
+      Additive<float> attention(heads, {.causal = causal, .transform = false});
+      attention.parameters().for_each([](const auto&, Matrix<float>& matrix) { matrix.setConstant(0.02F); });
+      const Index n = (Index{33} << 20) / Index{sizeof(float)} / heads.query_cols();
+      const auto sample = random_sample<float>(heads, n, 31);
+      const auto train = [&](Index margin) {
+        const auto matrix = [&](Index cols) { return Matrix<float>(Matrix<float>::Zero(n, cols + margin)); };
+        Matrix<float> out = matrix(heads.out_cols()), query = matrix(heads.query_cols());
+        Matrix<float> key = matrix(heads.key_cols()), value = matrix(heads.value_cols());
+        const auto inner = [&](Matrix<float>& of) { return Tokens<float>(of).middle_cols(margin, of.cols() - margin); };
+        Additive<float>::Saved saved;
+        auto gradients = attention.parameters();
+        attention.forward(sample.inputs(), inner(out), saved);
+        attention.backward(sample.inputs(), inner(out), saved, sample.query, {inner(query), inner(key), inner(value)},
+                           gradients);
+        return std::array<Matrix<float>, 4>{out.rightCols(heads.out_cols()), query.rightCols(heads.query_cols()),
+                                            key.rightCols(heads.key_cols()), value.rightCols(heads.value_cols())};
+      };
+      const auto aligned = train(0);
+      const auto unaligned = train(1);
+      for (std::size_t i = 0; i < aligned.size(); ++i) EXPECT_TRUE(same_bits(aligned[i], unaligned[i])) << i;
+    }
+  }
 }
 
 }  // namespace

@@ -57,20 +57,22 @@ struct AdditiveGradients {
   T* b_t;         ///< added to; null without bias
 };
 
-/// Whether the rows of a matrix are best stored past the caches: they would flush them, and fill whole vectors.
+/// Whether rows of heads of `dim` are best stored past the caches: they would flush them, and each head is whole
+/// vectors, which such stores must be aligned to.
 template <class T>
-bool past_caches(const Tokens<T>& rows) {
+bool past_caches(const Tokens<T>& rows, Index dim) {
   // More than a call can hope to leave in a cache for the next.
   constexpr Index cache_bytes = Index{32} << 20;
   constexpr auto vector = Index{sizeof(Packet<T>)};
   return rows.rows() * rows.cols() * Index{sizeof(T)} >= cache_bytes &&
-         reinterpret_cast<std::uintptr_t>(rows.data()) % vector == 0 && rows.stride() * Index{sizeof(T)} % vector == 0;
+         reinterpret_cast<std::uintptr_t>(rows.data()) % vector == 0 &&
+         rows.stride() * Index{sizeof(T)} % vector == 0 && dim * Index{sizeof(T)} % vector == 0;
 }
 
-/// Calls visit(store) with what stores the rows of a matrix.
+/// Calls visit(store) with what stores rows of heads of `dim`.
 template <class T, class Visit>
-void with_store(const Tokens<T>& rows, Visit&& visit) {
-  if (past_caches(rows)) {
+void with_store(const Tokens<T>& rows, Index dim, Visit&& visit) {
+  if (past_caches(rows, dim)) {
     visit(PastCaches{});
     order_stores();
   } else {
@@ -179,7 +181,7 @@ void write_rows(const AdditiveCall<T>& call, const AdditiveOut<T>& out, Index fi
                    store);
     }
   };
-  out.transform ? blend(Keep{}) : with_store(out.rows, blend);
+  out.transform ? blend(Keep{}) : with_store(out.rows, call.heads.dim, blend);
   if (!out.transform) return;
   for (Index i = 0; i < count; ++i) {
     T* const row = rows.row(i);
