@@ -16,6 +16,7 @@ class Lookahead {
  public:
   void clear() { regions_ = current_ = 0, at_ = end_ = nullptr, rows_ = 0; }
 
+  /// What comes after as many calls as there is room for is not fetched ahead: that costs time, never a result.
   template <class T>
   void add(const T* data, Index stride, Index rows, Index cols) {
     if (rows <= 0 || regions_ == static_cast<int>(region_.size())) return;
