@@ -160,7 +160,7 @@ class Multipole {
 
  private:
   static constexpr const char* name = "Multipole";
-  static constexpr Index queries_a_tile = 512;
+  static constexpr Index queries_a_tile = 576;
 
   void check(const Inputs<T>& inputs, Tokens<const T> out) const {
     detail::check_inputs<T>(name, heads_, inputs, out, detail::Lengths::equal);

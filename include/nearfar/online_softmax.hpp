@@ -49,31 +49,26 @@ struct OnlineSoftmax {
     std::fill_n(value, value_dim * width, T(0));
   }
 
-  /// Takes the maxima of further scores (count x width) into the triple's maximum, replaces each score by
-  /// 2^(score - maximum), adds these to the sum, and gives the factor by which the old value shrinks.
-  NEARFAR_INLINE void update(T* scores, Index count, const Packet<T> (&new_max)[Vectors],
-                             Packet<T> (&correction)[Vectors]) {
-    Packet<T> shift[Vectors];
-    Packet<T> total[Vectors];
-    NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) {
-      const Packet<T> old = ploadu<Packet<T>>(max + v * lanes<T>);
-      const Packet<T> larger = pmax(old, new_max[v]);
-      pstoreu(max + v * lanes<T>, larger);
-      // -infinity - -infinity would be NaN: a query that has seen no key yet shifts by nothing.
-      const Packet<T> none = pset1<Packet<T>>(-infinity<T>);
-      shift[v] = pselect(pcmp_eq(larger, none), pset1<Packet<T>>(T(0)), larger);
-      correction[v] = exp2<T>(psub(old, shift[v]));
-      total[v] = pset1<Packet<T>>(T(0));
-    }
-    constexpr int rows = vector_registers >= 32 ? 8 / Vectors : 4 / Vectors;
+  /// Takes the maximum of further scores of vector v (`count` keys, a row of `width` each) into the triple's maximum,
+  /// replaces each score by 2^(score - maximum), adds these to the sum, and returns the factor by which the old value
+  /// shrinks.
+  NEARFAR_INLINE Packet<T> update(int v, T* scores, Index count, const Packet<T>& new_max) {
+    const Packet<T> old = ploadu<Packet<T>>(max + v * lanes<T>);
+    const Packet<T> larger = pmax(old, new_max);
+    pstoreu(max + v * lanes<T>, larger);
+    // -infinity - -infinity would be NaN: a query that has seen no key yet shifts by nothing.
+    const Packet<T> none = pset1<Packet<T>>(-infinity<T>);
+    const Packet<T> shift = pselect(pcmp_eq(larger, none), pset1<Packet<T>>(T(0)), larger);
+    const Packet<T> correction = exp2<T>(psub(old, shift));
+    Packet<T> total = pset1<Packet<T>>(T(0));
+    constexpr int rows = vector_registers >= 32 ? 8 : 4;
     Index j = 0;
-    for (; j + rows <= count; j += rows) weigh<rows>(scores + j * width, shift, total);
-    for (; j < count; ++j) weigh<1>(scores + j * width, shift, total);
+    for (; j + rows <= count; j += rows) weigh<rows>(scores + v * lanes<T> + j * width, shift, total);
+    for (; j < count; ++j) weigh<1>(scores + v * lanes<T> + j * width, shift, total);
     // Each tile's sum starts at zero and joins by one multiply-add: short sums keep the rounding errors small.
-    NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) {
-      T* s = sum + v * lanes<T>;
-      pstoreu(s, pmadd(ploadu<Packet<T>>(s), correction[v], total[v]));
-    }
+    T* s = sum + v * lanes<T>;
+    pstoreu(s, pmadd(ploadu<Packet<T>>(s), correction, total));
+    return correction;
   }
 
   /// Writes the attention of `count` queries, value / sum, to the rows of out, and where `log_sum_exp` is not null its
@@ -99,18 +94,15 @@ struct OnlineSoftmax {
   }
 
  private:
-  // Turns Rows rows of scores into weights 2^(score - shift), and adds these to the total.
+  // Turns Rows vectors of scores into weights 2^(score - shift), and adds these to the total.
   template <int Rows>
-  NEARFAR_INLINE static void weigh(T* scores, const Packet<T> (&shift)[Vectors], Packet<T> (&total)[Vectors]) {
-    constexpr int count = Rows * Vectors;
-    Packet<T> weight[count];
-    NEARFAR_UNROLL for (int i = 0; i < count; ++i) {
-      weight[i] = psub(ploadu<Packet<T>>(scores + i * lanes<T>), shift[i % Vectors]);
-    }
+  NEARFAR_INLINE static void weigh(T* scores, const Packet<T>& shift, Packet<T>& total) {
+    Packet<T> weight[Rows];
+    NEARFAR_UNROLL for (int i = 0; i < Rows; ++i) weight[i] = psub(ploadu<Packet<T>>(scores + i * width), shift);
     exp2<T>(weight);
-    NEARFAR_UNROLL for (int i = 0; i < count; ++i) {
-      pstoreu(scores + i * lanes<T>, weight[i]);
-      total[i % Vectors] = padd(total[i % Vectors], weight[i]);
+    NEARFAR_UNROLL for (int i = 0; i < Rows; ++i) {
+      pstoreu(scores + i * width, weight[i]);
+      total = padd(total, weight[i]);
     }
   }
 };

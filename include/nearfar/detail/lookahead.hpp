@@ -16,6 +16,10 @@ class Lookahead {
  public:
   void clear() { regions_ = current_ = 0, at_ = end_ = nullptr, rows_ = 0; }
 
+  /// What steps fetch when all of this is fetched, nothing if null: rows that are needed later. It must stay where it
+  /// is.
+  void and_then(Lookahead* later) { later_ = later; }
+
   /// What comes after as many calls as there is room for is not fetched ahead: that costs time, never a result.
   template <class T>
   void add(const T* data, Index stride, Index rows, Index cols) {
@@ -36,7 +40,12 @@ class Lookahead {
   }
 
   NEARFAR_INLINE void step() {
-    if (rows_ == 0) return;
+    if (rows_ > 0) return fetch();
+    if (later_ != nullptr && later_->rows_ > 0) later_->fetch();
+  }
+
+ private:
+  NEARFAR_INLINE void fetch() {
     prefetch_far(at_);
     prefetch_far(at_ + line);
     at_ += 2 * line;
@@ -47,7 +56,6 @@ class Lookahead {
     }
   }
 
- private:
   static constexpr Index line = 64;
   struct Region {
     const char* data;
@@ -66,6 +74,7 @@ class Lookahead {
   }
 
   std::array<Region, 16> region_{};
+  Lookahead* later_ = nullptr;
   int regions_ = 0;
   int current_ = 0;
   const char* row_ = nullptr;
@@ -73,6 +82,15 @@ class Lookahead {
   const char* end_ = nullptr;
   Index stride_ = 0;
   Index rows_ = 0;
+};
+
+/// Takes a step of a lookahead every `Every` inner steps of a product.
+template <Index Every>
+struct Pace {
+  static constexpr Index every = Every;
+  Lookahead& ahead;
+
+  NEARFAR_INLINE void operator()() const { ahead.step(); }
 };
 
 }  // namespace detail

@@ -15,12 +15,16 @@
 #endif
 
 // Loops over the registers of a tile must vanish at every optimisation level, or the tile lives in memory.
+// And a loop whose body fills them must not be unrolled: then they no longer hold what the copies work on.
 #if defined(__clang__)
 #define NEARFAR_UNROLL _Pragma("clang loop unroll(full)")
+#define NEARFAR_NO_UNROLL _Pragma("clang loop unroll(disable)")
 #elif defined(__GNUC__)
 #define NEARFAR_UNROLL _Pragma("GCC unroll 32")
+#define NEARFAR_NO_UNROLL _Pragma("GCC unroll 1")
 #else
 #define NEARFAR_UNROLL
+#define NEARFAR_NO_UNROLL
 #endif
 
 namespace nearfar {

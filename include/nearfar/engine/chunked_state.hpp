@@ -24,15 +24,6 @@ namespace detail {
 /// Tokens a chunk: twice as many would spend more on the pairs within a chunk than they save on states.
 inline constexpr Index chunk_tokens = 64;
 
-/// Spreads the steps of a lookahead over the inner steps of products.
-struct Pace {
-  Lookahead& ahead;
-
-  NEARFAR_INLINE void operator()(Index k) const {
-    if (k % 2 == 0) ahead.step();
-  }
-};
-
 /// Rows of one head, side by side, padded with zeros to whole vectors.
 template <class T>
 struct PaddedRows {
@@ -75,7 +66,7 @@ struct RunningSums {
       multiply<decltype(vectors)::value>(
           Broadcast<T>{key.data, 1, key.stride}, key.dim, value.data + c, value.stride, count,
           [](Index, int) { return pset1<Packet<T>>(T(0)); },
-          [&](Index a, int v, const Packet<T>& sum) { add(a * value.stride + c + v * lanes<T>, sum); }, Pace{ahead});
+          [&](Index a, int v, const Packet<T>& sum) { add(a * value.stride + c + v * lanes<T>, sum); }, Pace<2>{ahead});
     });
   }
 
@@ -133,7 +124,7 @@ void chunk_scores(const LaneRows<T>& query, const PaddedRows<T>& key, Index keys
             sum[first + v] = padd(sum[first + v], shown);
             pstoreu(scores + j * chunk_tokens + i, shown);
           },
-          Pace{ahead});
+          Pace<2>{ahead});
     };
     const Index first_end = std::min(keys, panel + lanes<T>);
     score(std::integral_constant<int, 0>{}, 0, first_end);
@@ -163,7 +154,7 @@ void chunk_attend(const LaneRows<T>& query, const T* state, const T* scores, con
           c[r][v] = add ? ploadu<Packet<T>>(out.row(first + r) + column + v * lanes<T>) : pset1<Packet<T>>(T(0));
         }
       }
-      multiply_add(c, query.from(first), state + column, out.stride, query.dim, Pace{ahead});
+      multiply_add(c, query.from(first), state + column, out.stride, query.dim, Pace<2>{ahead});
       // Keys before the tile are seen by all of its queries, those beside it by the queries from their own on.
       multiply_add(c, Broadcast<T>{scores + first, 1, chunk_tokens}, value.data + column, value.stride,
                    std::min(first, keys));

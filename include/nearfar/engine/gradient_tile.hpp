@@ -27,9 +27,8 @@ namespace detail {
 template <class T>
 class GradientTile {
  public:
-  static constexpr int vectors = 2;
-  static constexpr Index width = vectors * lanes<T>;
-  static constexpr Index capacity = 256;
+  static constexpr Index width = panel_vectors * lanes<T>;
+  static constexpr Index capacity = 240 / width * width;
 
   GradientTile(Scratch& scratch, Index dim, Index value_dim)
       : dim_(dim),
@@ -38,7 +37,7 @@ class GradientTile {
         grad_out_stride_(round_up(value_dim, lanes<T>)),
         query_lanes_(scratch.take<T>(capacity * dim)),
         grad_out_lanes_(scratch.take<T>(capacity * value_dim)),
-        grad_query_lanes_(scratch.take<T>(capacity * dim)),
+        grad_query_lanes_(scratch.take<T>(capacity * round_up(dim, group_rows))),
         query_rows_(scratch.take<T>(capacity * query_stride_)),
         grad_out_rows_(scratch.take<T>(capacity * grad_out_stride_)),
         shift_(scratch.take<T>(capacity)),
@@ -46,8 +45,13 @@ class GradientTile {
         delta_(scratch.take<T>(capacity)),
         weight_(scratch.take<T>(KeyTile<T>::capacity * capacity)),
         grad_score_(scratch.take<T>(KeyTile<T>::capacity * capacity)),
-        grad_key_(scratch.take<T>(key_group * query_stride_)),
-        grad_value_(scratch.take<T>(key_group * grad_out_stride_)) {}
+        grad_key_(scratch.take<T>(group_rows * query_stride_)),
+        grad_value_(scratch.take<T>(group_rows * grad_out_stride_)) {
+    rows_ahead_.and_then(&lookahead_);
+  }
+
+  GradientTile(const GradientTile&) = delete;
+  GradientTile& operator=(const GradientTile&) = delete;
 
   /// Takes at most `capacity` queries, the first of them number `first` of its sequence, with their log-sum-exp and
   /// delta; their gradient is zero so far.
@@ -64,7 +68,7 @@ class GradientTile {
       take_panel(grad_out.middle_rows(row, in_panel(p)), T(1), grad_out_rows_ + row * grad_out_stride_,
                  grad_out_stride_, grad_out_lanes_ + row * value_dim_);
     }
-    std::fill_n(grad_query_lanes_, panels() * width * dim_, T(0));
+    std::fill_n(grad_query_lanes_, panels() * width * round_up(dim_, group_rows), T(0));
     for (Index i = 0; i < panels() * width; ++i) {
       // A query that saw nothing, or is not there, weighs every key with 2^(s - infinity) = 0.
       const bool sees = i < count_ && log_sum_exp[i] != -infinity<double>;
@@ -79,34 +83,37 @@ class GradientTile {
   /// Walks back over the keys of a tile. The gradients of key j of the tile are added to the rows grad_key(j) and
   /// grad_value(j), of `dim` and `value_dim` numbers.
   template <class Band, class GradKey, class GradValue>
-  void visit(const KeyTile<T>& keys, const Band& band, GradKey&& grad_key, GradValue&& grad_value) {
+  void visit(KeyTile<T>& keys, const Band& band, GradKey&& grad_key, GradValue&& grad_value) {
     const auto fetch_group = [&](Index first) {
       rows_ahead_.clear();
-      for (Index j = first; j < std::min(first + key_group, keys.count()); ++j) {
+      for (Index j = first; j < std::min<Index>(first + group_rows, keys.count()); ++j) {
         rows_ahead_.add(grad_key(j), 0, 1, dim_);
         rows_ahead_.add(grad_value(j), 0, 1, value_dim_);
       }
     };
+    keys.complete();
     fetch_group(0);
     for (Index p = 0; p < panels(); ++p) {
-      const Index query = first_ + p * width;
-      const PanelKeys seen(keys, band, query, in_panel(p), key_group);
-      seen_[static_cast<std::size_t>(p)] = seen;
-      const LaneMask<T, Band> hide{band, keys, query};
-      score<0, 1>(p, keys, seen.before(), hide);
-      score<0, 2>(p, keys, {seen.shared.first, seen.all.first}, hide);
-      score<0, 2>(p, keys, seen.all, AllSeen{});
-      score<0, 2>(p, keys, {seen.all.end, seen.shared.end}, hide);
-      score<1, 2>(p, keys, seen.after(), hide);
-      differentiate<0, 1>(p, keys, seen.before());
-      differentiate<0, 2>(p, keys, seen.shared);
-      differentiate<1, 2>(p, keys, seen.after());
+      const PanelKeys& seen = seen_[static_cast<std::size_t>(p)] =
+          PanelKeys(keys, band, first_ + p * width, in_panel(p));
+      seen.for_each_stretch([&](auto vectors, Index vector, Range range) { score<vectors>(p, vector, keys, range); });
+      for (int v = 0; v < panel_vectors; ++v) {
+        const LaneMask<T, Band> mask{band, keys, first_ + p * width + v * lanes<T>};
+        seen.for_each_edge(v, [&](Index j) {
+          T* score = weight_ + at(j, p) + v * lanes<T>;
+          pstoreu(score, mask(j, ploadu<Packet<T>>(score)));
+        });
+        weigh(p, v, seen.any[static_cast<std::size_t>(v)]);
+      }
+      seen.for_each_stretch([&](auto vectors, Index vector, Range range) {
+        grad_scores<vectors>(p, vector, keys, range);
+        grad_queries<vectors>(p, vector, keys, range);
+      });
     }
-    for (Index first = 0; first < keys.count(); first += key_group) {
-      const Index end = std::min(first + key_group, keys.count());
-      fetch_group(end);
-      if (!sum_group({first, end})) continue;
-      for (Index j = first; j < end; ++j) {
+    for (Index first = 0; first < keys.count(); first += group_rows) {
+      fetch_group(first + group_rows);
+      if (!sum_group(first)) continue;
+      for (Index j = first; j < std::min<Index>(first + group_rows, keys.count()); ++j) {
         add(grad_key_ + (j - first) * query_stride_, dim_, scale_, grad_key(j));
         add(grad_value_ + (j - first) * grad_out_stride_, value_dim_, T(1), grad_value(j));
       }
@@ -116,8 +123,7 @@ class GradientTile {
   /// Writes the gradients of the queries.
   void finish(Tokens<T> grad_query) const {
     for (Index p = 0; p < panels(); ++p) {
-      transpose(grad_query_lanes_ + p * width * dim_, width, dim_, in_panel(p), scale_, grad_query.row(p * width),
-                grad_query.stride());
+      transpose(grad_query_lanes(p), width, dim_, in_panel(p), scale_, grad_query.row(p * width), grad_query.stride());
     }
   }
 
@@ -126,11 +132,9 @@ class GradientTile {
   Lookahead& lookahead() { return lookahead_; }
 
  private:
-  // Keys whose gradients are taken at once, in one register tile.
-  static constexpr Index key_group = tile_rows<2>;
-
   Index panels() const { return (count_ + width - 1) / width; }
   Index in_panel(Index p) const { return std::min(width, count_ - p * width); }
+  T* grad_query_lanes(Index p) const { return grad_query_lanes_ + p * width * round_up(dim_, group_rows); }
 
   // Takes the rows of a panel as they are, each followed by zeros up to `stride`, and times a factor on the lanes; zero
   // rows complete the panel.
@@ -148,93 +152,71 @@ class GradientTile {
   // Where the scores of panel p and key j stand: panel by panel, so that those of one stay in the first-level cache.
   static Index at(Index j, Index p) { return (p * KeyTile<T>::capacity + j) * width; }
 
-  // The scores of vectors [First, End) of a panel.
-  template <int First, int End, class Mask>
-  void score(Index p, const KeyTile<T>& keys, Range range, Mask&& mask) {
-    if (range.count() == 0) return;
-    multiply<End - First>(
-        keys.key(range.first), range.count(), query_lanes_ + p * width * dim_ + First * lanes<T>, width, dim_,
-        [&](Index j, int) {
-          rows_ahead_.step();
-          return pset1<Packet<T>>(keys.bias(range.first + j));
-        },
-        [&](Index j, int v, const Packet<T>& product) {
-          pstoreu(weight_ + at(range.first + j, p) + (First + v) * lanes<T>, mask(range.first + j, First + v, product));
-        });
+  // The scores of Vectors vectors of a panel, from `vector` on.
+  template <int Vectors>
+  void score(Index p, Index vector, const KeyTile<T>& keys, Range range) {
+    T* scores = weight_ + at(range.first, p) + vector * lanes<T>;
+    multiply_groups<group_rows, Vectors>(
+        keys.key(range.first), range.count(), query_lanes_ + p * width * dim_ + vector * lanes<T>, width, dim_,
+        [&](Index j, int) { return pset1<Packet<T>>(keys.bias(range.first + j)); },
+        [&](Index j, int v, const Packet<T>& product) { pstoreu(scores + j * width + v * lanes<T>, product); },
+        Pace<16>{lookahead_});
   }
 
-  // From their scores the gradients of the scores, and on to the gradients of the queries.
-  template <int First, int End>
-  void differentiate(Index p, const KeyTile<T>& keys, Range range) {
-    if (range.count() == 0) return;
-    weigh<First, End>(p, range);
-    grad_scores<First, End>(p, keys, range);
-    grad_queries<First, End>(p, keys, range);
-  }
-
-  // Turns scores into weights. Not where the scores are finished: exp2's constants would take the registers that the
-  // product needs.
-  template <int First, int End>
-  void weigh(Index p, Range range) {
-    constexpr int rows = (vector_registers >= 32 ? 8 : 4) / (End - First);
-    Index j = range.first;
-    for (; j + rows <= range.end; j += rows) weigh<First, End, rows>(p, j);
-    for (; j < range.end; ++j) weigh<First, End, 1>(p, j);
-  }
-
-  template <int First, int End, int Rows>
-  NEARFAR_INLINE void weigh(Index p, Index j) {
-    const T* shift = shift_ + p * width;
-    const T* rest = shift_rest_ + p * width;
-    T* scores = weight_ + at(j, p);
-    constexpr int packets = End - First;
-    Packet<T> weight[Rows * packets];
-    NEARFAR_UNROLL for (int i = 0; i < Rows * packets; ++i) {
-      const Index lane = (First + i % packets) * lanes<T>;
-      weight[i] = psub(ploadu<Packet<T>>(scores + i / packets * width + lane), ploadu<Packet<T>>(shift + lane));
-      weight[i] = psub(weight[i], ploadu<Packet<T>>(rest + lane));
-    }
-    exp2<T>(weight);
-    NEARFAR_UNROLL for (int i = 0; i < Rows * packets; ++i) {
-      pstoreu(scores + i / packets * width + (First + i % packets) * lanes<T>, weight[i]);
+  // Turns the scores of a vector into weights. Not where the scores are finished: exp2's constants would take the
+  // registers that the product needs.
+  void weigh(Index p, Index vector, Range range) {
+    constexpr int rows = vector_registers >= 32 ? 8 : 4;
+    static_assert(group_rows % rows == 0);
+    const Packet<T> shift = ploadu<Packet<T>>(shift_ + p * width + vector * lanes<T>);
+    const Packet<T> rest = ploadu<Packet<T>>(shift_rest_ + p * width + vector * lanes<T>);
+    for (Index j = range.first; j < range.end; j += rows) {
+      T* scores = weight_ + at(j, p) + vector * lanes<T>;
+      Packet<T> weight[rows];
+      NEARFAR_UNROLL for (int i = 0; i < rows; ++i) {
+        weight[i] = psub(psub(ploadu<Packet<T>>(scores + i * width), shift), rest);
+      }
+      exp2<T>(weight);
+      NEARFAR_UNROLL for (int i = 0; i < rows; ++i) pstoreu(scores + i * width, weight[i]);
     }
   }
 
-  template <int First, int End>
-  void grad_scores(Index p, const KeyTile<T>& keys, Range range) {
-    const T* delta = delta_ + p * width + First * lanes<T>;
-    multiply<End - First>(
-        keys.value(range.first), range.count(), grad_out_lanes_ + p * width * value_dim_ + First * lanes<T>, width,
+  // The gradients of the scores from their weights.
+  template <int Vectors>
+  void grad_scores(Index p, Index vector, const KeyTile<T>& keys, Range range) {
+    const T* delta = delta_ + p * width + vector * lanes<T>;
+    const Index first = at(range.first, p) + vector * lanes<T>;
+    multiply_groups<group_rows, Vectors>(
+        keys.value(range.first), range.count(), grad_out_lanes_ + p * width * value_dim_ + vector * lanes<T>, width,
         value_dim_, [&](Index, int) { return pset1<Packet<T>>(T(0)); },
         [&](Index j, int v, const Packet<T>& grad_weight) {
-          const Index place = at(range.first + j, p) + (First + v) * lanes<T>;
+          const Index place = first + j * width + v * lanes<T>;
           const Packet<T> grad = psub(grad_weight, ploadu<Packet<T>>(delta + v * lanes<T>));
           pstoreu(grad_score_ + place, pmul(ploadu<Packet<T>>(weight_ + place), grad));
-        });
+        },
+        Pace<16>{lookahead_});
   }
 
-  template <int First, int End>
-  void grad_queries(Index p, const KeyTile<T>& keys, Range range) {
-    T* grad_query = grad_query_lanes_ + p * width * dim_ + First * lanes<T>;
-    multiply<End - First>(
-        keys.key_transposed(range.first), dim_, grad_score_ + at(range.first, p) + First * lanes<T>, width,
-        range.count(), [&](Index c, int v) { return ploadu<Packet<T>>(grad_query + c * width + v * lanes<T>); },
-        [&](Index c, int v, const Packet<T>& sum) { pstoreu(grad_query + c * width + v * lanes<T>, sum); });
+  template <int Vectors>
+  void grad_queries(Index p, Index vector, const KeyTile<T>& keys, Range range) {
+    T* grad_query = grad_query_lanes(p) + vector * lanes<T>;
+    multiply_groups<group_rows, Vectors>(
+        keys.key_transposed(range.first), keys.key_stride(), grad_score_ + at(range.first, p) + vector * lanes<T>,
+        width, range.count(), [&](Index c, int v) { return ploadu<Packet<T>>(grad_query + c * width + v * lanes<T>); },
+        [&](Index c, int v, const Packet<T>& sum) { pstoreu(grad_query + c * width + v * lanes<T>, sum); },
+        Pace<16>{lookahead_});
   }
 
-  // The gradients of a group of keys, unless no query sees them.
-  bool sum_group(Range group) {
+  // The gradients of the group of keys at `place`, unless no query sees them.
+  bool sum_group(Index place) {
     stretches_ = 0;
     for (Index p = 0; p < panels(); ++p) {
-      const PanelKeys& seen = seen_[static_cast<std::size_t>(p)];
-      const auto holds = [&](Range keys) { return std::max(keys.first, group.first) < std::min(keys.end, group.end); };
-      const bool shared = holds(seen.shared);
-      const Range vector{shared || holds(seen.before()) ? 0 : 1, shared || holds(seen.after()) ? 2 : 1};
-      if (vector.count() > 0) stretch_[static_cast<std::size_t>(stretches_++)] = {p, vector};
+      const Range vectors = seen_[static_cast<std::size_t>(p)].vectors_at(place);
+      if (vectors.count() > 0) stretch_[static_cast<std::size_t>(stretches_++)] = {p, vectors};
     }
     if (stretches_ == 0) return false;
-    sum_rows(weight_, group, grad_out_rows_, grad_out_stride_, grad_value_);
-    sum_rows(grad_score_, group, query_rows_, query_stride_, grad_key_);
+    sum_rows(weight_, place, grad_out_rows_, grad_out_stride_, grad_value_);
+    sum_rows(grad_score_, place, query_rows_, query_stride_, grad_key_);
     return true;
   }
 
@@ -243,31 +225,26 @@ class GradientTile {
     for (Index c = 0; c < count; ++c) to[c] += static_cast<Storage>(factor * row[c]);
   }
 
-  // sums(j) = sum_i factor(j, i) row(i) over the queries i that see the group.
-  void sum_rows(const T* factor, Range group, const T* rows, Index stride, T* sums) {
+  // sums(j) = sum_i factor(j, i) row(i) over the queries i that see the group of keys j at `place`.
+  void sum_rows(const T* factor, Index place, const T* rows, Index stride, T* sums) {
     for_each_panel<T>(stride, [&](auto features_, Index column) {
       constexpr int features = decltype(features_)::value;
-      for_each_tile<features>(group.count(), [&](auto tile, Index first) {
-        constexpr int count = decltype(tile)::value;
-        Packet<T> sum[count][features];
-        NEARFAR_UNROLL for (int j = 0; j < count; ++j) {
-          NEARFAR_UNROLL for (int v = 0; v < features; ++v) sum[j][v] = pset1<Packet<T>>(T(0));
+      Packet<T> sum[group_rows][features];
+      NEARFAR_UNROLL for (int j = 0; j < group_rows; ++j) {
+        NEARFAR_UNROLL for (int v = 0; v < features; ++v) sum[j][v] = pset1<Packet<T>>(T(0));
+      }
+      for (Index s = 0; s < stretches_; ++s) {
+        const auto [p, vectors] = stretch_[static_cast<std::size_t>(s)];
+        const Index query = vectors.first * lanes<T>;
+        multiply_add(sum, Broadcast<T>{factor + at(place, p) + query, width, 1},
+                     rows + (p * width + query) * stride + column, stride, vectors.count() * lanes<T>,
+                     Pace<4>{rows_ahead_});
+      }
+      NEARFAR_UNROLL for (int j = 0; j < group_rows; ++j) {
+        NEARFAR_UNROLL for (int v = 0; v < features; ++v) {
+          pstoreu(sums + j * stride + column + v * lanes<T>, sum[j][v]);
         }
-        for (Index s = 0; s < stretches_; ++s) {
-          const auto [p, vector] = stretch_[static_cast<std::size_t>(s)];
-          const Index query = vector.first * lanes<T>;
-          multiply_add(sum, Broadcast<T>{factor + at(group.first + first, p) + query, width, 1},
-                       rows + (p * width + query) * stride + column, stride, vector.count() * lanes<T>, [&](Index k) {
-                         if (k % 2 == 0) rows_ahead_.step();
-                         if (k % 2 == 1) lookahead_.step();
-                       });
-        }
-        NEARFAR_UNROLL for (int j = 0; j < count; ++j) {
-          NEARFAR_UNROLL for (int v = 0; v < features; ++v) {
-            pstoreu(sums + (first + j) * stride + column + v * lanes<T>, sum[j][v]);
-          }
-        }
-      });
+      }
     });
   }
 

@@ -3,6 +3,7 @@
 #include <nearfar/detail/scratch.hpp>
 #include <nearfar/engine/microkernel.hpp>
 #include <nearfar/mask.hpp>
+#include <nearfar/online_softmax.hpp>
 
 #include <algorithm>
 
@@ -15,21 +16,33 @@ namespace detail {
 /// The copy takes the rows of one head, which lie far apart and would crowd into a fraction of the cache sets; it
 /// leaves out masked keys, so that nothing of theirs is ever read; and it is where a narrower storage type would be
 /// widened. `bias` is what a key's scores start from, in units of log 2: 0, or log2 of the mass of a pooled key.
+///
+/// Register tiles hold group_rows keys, or features: zeros fill up the features of a row, and `complete` the last group
+/// with keys that nobody sees.
 template <class T>
 class KeyTile {
  public:
-  static constexpr Index capacity = 128;
+  static constexpr Index capacity = 128 / group_rows * group_rows;
 
   KeyTile(Scratch& scratch, Index dim, Index value_dim)
       : dim_(dim),
         value_dim_(value_dim),
-        key_(scratch.take<T>(capacity * dim)),
-        value_(scratch.take<T>(capacity * value_dim)),
+        key_(scratch.take<T>(capacity * key_stride())),
+        value_(scratch.take<T>(capacity * value_stride())),
         bias_(scratch.take<T>(capacity)),
-        position_(scratch.take<Index>(capacity)) {}
+        position_(scratch.take<Index>(capacity)) {
+    for (Index j = 0; j < capacity; ++j) {
+      std::fill_n(key_ + j * key_stride() + dim, key_stride() - dim, T(0));
+      std::fill_n(value_ + j * value_stride() + value_dim, value_stride() - value_dim, T(0));
+    }
+  }
 
   Index count() const { return count_; }
   bool full() const { return count_ == capacity; }
+
+  /// The numbers of a row, those that fill it up included.
+  Index key_stride() const { return round_up(dim_, group_rows); }
+  Index value_stride() const { return round_up(value_dim_, group_rows); }
 
   void clear() { count_ = 0; }
 
@@ -39,25 +52,33 @@ class KeyTile {
   /// Copies one more key, which stands at `position` in its sequence. Positions increase from key to key.
   template <class Storage>
   void append(const Storage* key, const Storage* value, Index position, T bias = T(0)) {
-    copy(key, dim_, key_ + count_ * dim_);
-    copy(value, value_dim_, value_ + count_ * value_dim_);
+    copy(key, dim_, key_ + count_ * key_stride());
+    copy(value, value_dim_, value_ + count_ * value_stride());
     bias_[count_] = bias;
     position_[count_] = position;
     ++count_;
   }
 
+  /// Fills up the last group with keys whose scores are -infinity.
+  void complete() {
+    const Index missing = round_up(count_, group_rows) - count_;
+    std::fill_n(key_ + count_ * key_stride(), missing * key_stride(), T(0));
+    std::fill_n(value_ + count_ * value_stride(), missing * value_stride(), T(0));
+    std::fill_n(bias_ + count_, missing, -infinity<T>);
+    std::fill_n(position_ + count_, missing, Index(0));
+  }
+
   /// The keys that stand in a range of positions, as a range of places in this tile.
   Range within(Range positions) const {
-    const Index* begin = position_;
-    const Index* end = begin + count_;
-    return {std::lower_bound(begin, end, positions.first) - begin, std::lower_bound(begin, end, positions.end) - begin};
+    if (count_ == 0) return {};
+    return {place_of(positions.first), place_of(positions.end)};
   }
 
   /// The keys and values from place `first` on, key by key or feature by feature.
-  Broadcast<T> key(Index first) const { return {key_ + first * dim_, dim_, 1}; }
-  Broadcast<T> key_transposed(Index first) const { return {key_ + first * dim_, 1, dim_}; }
-  Broadcast<T> value(Index first) const { return {value_ + first * value_dim_, value_dim_, 1}; }
-  Broadcast<T> value_transposed(Index first) const { return {value_ + first * value_dim_, 1, value_dim_}; }
+  Broadcast<T> key(Index first) const { return {key_ + first * key_stride(), key_stride(), 1}; }
+  Broadcast<T> key_transposed(Index first) const { return {key_ + first * key_stride(), 1, key_stride()}; }
+  Broadcast<T> value(Index first) const { return {value_ + first * value_stride(), value_stride(), 1}; }
+  Broadcast<T> value_transposed(Index first) const { return {value_ + first * value_stride(), 1, value_stride()}; }
 
   T bias(Index j) const { return bias_[j]; }
   Index position(Index j) const { return position_[j]; }
@@ -70,6 +91,13 @@ class KeyTile {
       for (; c + lanes<T> <= count; c += lanes<T>) pstoreu(to + c, ploadu<Packet<T>>(from + c));
     }
     for (; c < count; ++c) to[c] = T(from[c]);
+  }
+
+  // The place of the first key that does not stand before `position`.
+  Index place_of(Index position) const {
+    const bool gapless = position_[count_ - 1] - position_[0] == count_ - 1;
+    if (gapless) return std::clamp<Index>(position - position_[0], 0, count_);
+    return std::lower_bound(position_, position_ + count_, position) - position_;
   }
 
   Index dim_;

@@ -9,26 +9,19 @@ namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
 namespace detail {
 
-/// The mask of a panel whose queries all see all keys at hand: scores stay as they are.
-struct AllSeen {
-  template <class P>
-  NEARFAR_INLINE P operator()(Index, int, const P& score) const {
-    return score;
-  }
-};
-
-/// The mask of a panel that the edges of a band cross: the score of key j of a tile becomes -infinity on the lanes
-/// whose queries do not see it. Lane 0 holds query `first`.
+/// The mask of a vector of queries that the edges of a band cross: the score of key j of a tile becomes -infinity on
+/// the lanes whose queries do not see it. Lane 0 holds query `first`.
 template <class T, class Band>
 struct LaneMask {
   const Band& band;
   const KeyTile<T>& keys;
   Index first;
 
-  NEARFAR_INLINE Packet<T> operator()(Index j, int v, const Packet<T>& score) const {
+  NEARFAR_INLINE Packet<T> operator()(Index j, const Packet<T>& score) const {
     const Range seeing = band.seeing(keys.position(j));
+    if (seeing.first <= first && first + lanes<T> <= seeing.end) return score;
     const auto place = [&](Index query) {
-      return pset1<Packet<T>>(static_cast<T>(std::clamp<Index>(query - first - v * lanes<T>, 0, lanes<T>)));
+      return pset1<Packet<T>>(static_cast<T>(std::clamp<Index>(query - first, 0, lanes<T>)));
     };
     const Packet<T> lane = plset<Packet<T>>(T(0));
     const Packet<T> hidden = pset1<Packet<T>>(-infinity<T>);

@@ -2,6 +2,7 @@
 
 #include <nearfar/detail/simd.hpp>
 
+#include <algorithm>
 #include <type_traits>
 
 namespace nearfar {
@@ -20,10 +21,14 @@ struct Broadcast {
 };
 
 /// The register tile: `tile_rows` rows of `Vectors` vectors each, as many as the registers hold beside the vectors and
-/// the one broadcast number that an inner step reads. Two vectors share a broadcast, which keeps the load ports ahead
-/// of the multiply-adds; a single vector takes twice the rows.
+/// the one broadcast number that an inner step reads. Vectors share a broadcast: the more of them, the fewer loads a
+/// multiply-add.
 template <int Vectors>
-inline constexpr int tile_rows = vector_registers >= 32 ? 16 / Vectors : (vector_registers - 4) / Vectors;
+inline constexpr int tile_rows = (vector_registers >= 32 ? (Vectors < 3 ? 16 : 24) : vector_registers - 4) / Vectors;
+
+/// Attention lays queries on panels of so many vectors, and meets keys in groups of so many: one register tile.
+inline constexpr int panel_vectors = 3;
+inline constexpr int group_rows = tile_rows<panel_vectors>;
 
 /// Calls visit(std::integral_constant<int, count>, first) for consecutive groups of `count` rows that cover `rows`:
 /// full register tiles, then what is left by fours and one by one.
@@ -45,46 +50,66 @@ NEARFAR_INLINE void for_each_panel(Index cols, Visit&& visit) {
   if (c < cols) visit(std::integral_constant<int, 1>{}, c);
 }
 
-/// What an inner step does besides: nothing, or fetching a line of what will be read next.
+/// What a product does besides, every so many of its inner steps: nothing, or fetching what will be read next (Pace).
 struct Nothing {
-  NEARFAR_INLINE void operator()(Index) const {}
+  static constexpr Index every = Index{1} << 30;
+  NEARFAR_INLINE void operator()() const {}
 };
 
 /// C += A B for one register tile: A is Rows x depth, B is depth x (Vectors * lanes<T>) with row stride b_stride. Each
 /// number of A meets Vectors multiply-adds; the accumulators stay in registers from the first step to the last.
 template <int Rows, int Vectors, class T, class Besides = Nothing>
 NEARFAR_INLINE void multiply_add(Packet<T> (&c)[Rows][Vectors], Broadcast<T> a, const T* b, Index b_stride, Index depth,
-                                 Besides&& besides = {}) {
+                                 Besides besides = {}) {
   const T* column = a.data;
-  for (Index k = 0; k < depth; ++k, column += a.depth_stride, b += b_stride) {
-    besides(k);
-    Packet<T> vectors[Vectors];
-    NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) vectors[v] = load_once<Packet<T>>(b + v * lanes<T>);
-    NEARFAR_UNROLL for (int r = 0; r < Rows; ++r) {
-      const Packet<T> number = pset1<Packet<T>>(column[r * a.row_stride]);
-      NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) c[r][v] = pmadd(number, vectors[v], c[r][v]);
+  for (Index k = 0; k < depth;) {
+    besides();
+    NEARFAR_NO_UNROLL for (const Index end = std::min(k + Besides::every, depth); k < end; ++k) {
+      Packet<T> vectors[Vectors];
+      NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) vectors[v] = load_once<Packet<T>>(b + v * lanes<T>);
+      NEARFAR_UNROLL for (int r = 0; r < Rows; ++r) {
+        const Packet<T> number = pset1<Packet<T>>(column[r * a.row_stride]);
+        NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) c[r][v] = pmadd(number, vectors[v], c[r][v]);
+      }
+      column += a.depth_stride;
+      b += b_stride;
     }
   }
 }
 
-/// C = start + A B for one panel of Vectors * lanes<T> columns.
+/// Rows [first, first + Rows) of C = start + A B for one panel of Vectors * lanes<T> columns.
 ///
-/// A is `rows` x depth, B is depth x panel with row stride b_stride; start(r, v) gives the vector of C that row r
-/// begins with and finish(r, v, c) takes the result.
+/// A is rows x depth, B is depth x panel with row stride b_stride; start(r, v) gives the vector of C that row r begins
+/// with and finish(r, v, c) takes the result.
+template <int Rows, int Vectors, class T, class Start, class Finish, class Besides>
+NEARFAR_INLINE void multiply_tile(Broadcast<T> a, Index first, const T* b, Index b_stride, Index depth, Start&& start,
+                                  Finish&& finish, Besides besides) {
+  Packet<T> c[Rows][Vectors];
+  NEARFAR_UNROLL for (int r = 0; r < Rows; ++r) {
+    NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) c[r][v] = start(first + r, v);
+  }
+  multiply_add(c, a.rows_from(first), b, b_stride, depth, besides);
+  NEARFAR_UNROLL for (int r = 0; r < Rows; ++r) {
+    NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) finish(first + r, v, c[r][v]);
+  }
+}
+
+/// C = start + A B, as above, for any number of rows.
 template <int Vectors, class T, class Start, class Finish, class Besides = Nothing>
 NEARFAR_INLINE void multiply(Broadcast<T> a, Index rows, const T* b, Index b_stride, Index depth, Start&& start,
-                             Finish&& finish, Besides&& besides = {}) {
+                             Finish&& finish, Besides besides = {}) {
   for_each_tile<Vectors>(rows, [&](auto tile, Index first) {
-    constexpr int count = decltype(tile)::value;
-    Packet<T> c[count][Vectors];
-    NEARFAR_UNROLL for (int r = 0; r < count; ++r) {
-      NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) c[r][v] = start(first + r, v);
-    }
-    multiply_add(c, a.rows_from(first), b, b_stride, depth, besides);
-    NEARFAR_UNROLL for (int r = 0; r < count; ++r) {
-      NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) finish(first + r, v, c[r][v]);
-    }
+    multiply_tile<decltype(tile)::value, Vectors>(a, first, b, b_stride, depth, start, finish, besides);
   });
+}
+
+/// The same where the number of rows is a multiple of Rows: a single register tile to compile.
+template <int Rows, int Vectors, class T, class Start, class Finish, class Besides = Nothing>
+NEARFAR_INLINE void multiply_groups(Broadcast<T> a, Index rows, const T* b, Index b_stride, Index depth, Start&& start,
+                                    Finish&& finish, Besides besides = {}) {
+  for (Index first = 0; first < rows; first += Rows) {
+    multiply_tile<Rows, Vectors>(a, first, b, b_stride, depth, start, finish, besides);
+  }
 }
 
 }  // namespace detail

@@ -103,7 +103,7 @@ class PooledQueries {
   }
 
  private:
-  static constexpr Index queries_a_tile = 64;
+  static constexpr Index queries_a_tile = 96;
 
   /// (G, R, delta) of the text above for each pooled query; R is -infinity where no token below sees a key.
   struct Sums {

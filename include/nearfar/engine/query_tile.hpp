@@ -9,6 +9,7 @@
 #include <nearfar/online_softmax.hpp>
 
 #include <algorithm>
+#include <cstddef>
 
 namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
@@ -16,15 +17,14 @@ namespace detail {
 
 /// A tile of queries that walks over key tiles, holding the online softmax of what it has seen.
 ///
-/// Queries lie on the vector lanes, in panels of `width`: scores are S^T = K Q^T and values O^T = V^T P^T, so that K
+/// Queries lie on the vector lanes, in panels of `width`, the vectors of which share the numbers that the microkernel
+/// broadcasts: scores are S^T = K Q^T and values O^T = V^T P^T, so that K
 /// and V are read number by number as they stand, row maxima and sums need no work across lanes, and only Q is
 /// transposed on the way in and O on the way out. A panel's scores over one key tile stay in the first-level cache.
 template <class T>
 class QueryTile {
  public:
-  /// Two vectors a panel: they share the numbers that the microkernel broadcasts.
-  static constexpr int vectors = 2;
-  using Panel = OnlineSoftmax<T, vectors>;
+  using Panel = OnlineSoftmax<T, panel_vectors>;
   static constexpr Index width = Panel::width;
 
   /// Room for `capacity` queries of `dim` features against values of `value_dim`.
@@ -32,7 +32,7 @@ class QueryTile {
       : dim_(dim),
         value_dim_(value_dim),
         query_(scratch.take<T>(round_up(capacity, width) * dim)),
-        state_(scratch.take<T>(round_up(capacity, width) * (value_dim + 2))),
+        state_(scratch.take<T>(round_up(capacity, width) * state_rows())),
         scores_(scratch.take<T>(KeyTile<T>::capacity * width)) {}
 
   /// Takes `count` queries, the first of them number `first` of its sequence, times `factor`; sees no key yet.
@@ -44,27 +44,41 @@ class QueryTile {
       if (in_panel(p) < width) std::fill_n(query(p), width * dim_, T(0));
       transpose(rows + p * width * stride, stride, in_panel(p), dim_, factor, query(p), width);
       panel(p).start();
+      T* const unused = panel(p).value + value_dim_ * width;
+      std::fill(unused, panel(p).max + state_rows() * width, T(0));
     }
   }
 
-  /// Attends to the keys of the tile that the band, or whatever else answers as Band does, lets each query see. Only
-  /// where the band's edges cross a panel are its queries told apart; keys that one of its vectors alone can see do not
-  /// meet the other.
+  /// Attends to the keys of the tile that the band, or whatever else answers as Band does, lets each query see. Keys
+  /// that some vectors of a panel alone can see do not meet the others.
   template <class Band>
-  void visit(const KeyTile<T>& keys, const Band& band) {
+  void visit(KeyTile<T>& keys, const Band& band) {
+    keys.complete();
     for (Index p = 0; p < panels(); ++p) {
-      const PanelKeys seen(keys, band, first_ + p * width, in_panel(p), 4);
-      if (seen.any.count() == 0) continue;
-      Packet<T> max[vectors] = {pset1<Packet<T>>(-infinity<T>), pset1<Packet<T>>(-infinity<T>)};
-      score<1>(p, 0, keys, seen.before());
-      score<vectors>(p, 0, keys, {seen.shared.first, seen.all.first});
-      score<vectors>(p, 0, keys, seen.all, max);
-      score<vectors>(p, 0, keys, {seen.all.end, seen.shared.end});
-      score<1>(p, 1, keys, seen.after());
-      const LaneMask<T, Band> mask{band, keys, first_ + p * width};
-      hide(mask, {seen.any.first, seen.all.first}, max);
-      hide(mask, {seen.all.end, seen.any.end}, max);
-      take(p, keys, seen, max);
+      const PanelKeys seen(keys, band, first_ + p * width, in_panel(p));
+      Packet<T> max[panel_vectors];
+      std::fill_n(max, panel_vectors, pset1<Packet<T>>(-infinity<T>));
+      seen.for_each_stretch([&](auto vectors, Index vector, Range range) {
+        score<vectors>(p, vector, keys, {range.first, std::min(range.end, seen.all.first)});
+        score<vectors>(p, vector, keys, {std::max(range.first, seen.all.first), std::min(range.end, seen.all.end)},
+                       max);
+        score<vectors>(p, vector, keys, {std::max(range.first, seen.all.end), range.end});
+      });
+      Panel softmax = panel(p);
+      Packet<T> factor[panel_vectors];
+      for (int v = 0; v < panel_vectors; ++v) {
+        const LaneMask<T, Band> mask{band, keys, first_ + p * width + v * lanes<T>};
+        seen.for_each_edge(v, [&](Index j) {
+          T* score = scores_ + j * width + v * lanes<T>;
+          const Packet<T> masked = mask(j, ploadu<Packet<T>>(score));
+          max[v] = pmax(max[v], masked);
+          pstoreu(score, masked);
+        });
+        const Range any = seen.any[static_cast<std::size_t>(v)];
+        if (any.count() > 0) factor[v] = softmax.update(v, scores_ + any.first * width, any.count(), max[v]);
+      }
+      seen.for_each_stretch(
+          [&](auto vectors, Index vector, Range range) { add_values<vectors>(softmax, vector, keys, range, factor); });
     }
   }
 
@@ -113,11 +127,14 @@ class QueryTile {
   Index in_panel(Index p) const { return std::min(width, count_ - p * width); }
 
   Panel panel(Index p) const {
-    T* state = state_ + p * width * (value_dim_ + 2);
+    T* state = state_ + p * width * state_rows();
     return {state, state + width, state + 2 * width, value_dim_};
   }
 
  private:
+  // The maximum, the sum and the value, whose features come in whole groups.
+  Index state_rows() const { return 2 + round_up(value_dim_, group_rows); }
+
   T* query(Index p) const { return query_ + p * width * dim_; }
 
   // The scores of Vectors vectors of a panel, from `vector` on, against some keys, kept at scores_ a row a key; and
@@ -128,54 +145,32 @@ class QueryTile {
     T* scores = scores_ + range.first * width + vector * lanes<T>;
     Packet<T> largest[Vectors];
     NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) largest[v] = pset1<Packet<T>>(-infinity<T>);
-    multiply<Vectors>(
+    multiply_groups<group_rows, Vectors>(
         keys.key(range.first), range.count(), query(p) + vector * lanes<T>, width, dim_,
-        [&](Index j, int) {
-          lookahead_.step();
-          return pset1<Packet<T>>(keys.bias(range.first + j));
-        },
+        [&](Index j, int) { return pset1<Packet<T>>(keys.bias(range.first + j)); },
         [&](Index j, int v, const Packet<T>& product) {
           largest[v] = pmax(largest[v], product);
           pstoreu(scores + j * width + v * lanes<T>, product);
-        });
-    if (max != nullptr) std::copy_n(largest, Vectors, max);
+        },
+        Pace<16>{lookahead_});
+    if (max != nullptr) std::copy_n(largest, Vectors, max + vector);
   }
 
-  // Hides scores of keys that not every query sees, those of vectors that were not scored among them, and takes what is
-  // left into the maxima.
-  template <class Mask>
-  void hide(const Mask& mask, Range range, Packet<T> (&max)[vectors]) {
-    for (Index j = range.first; j < range.end; ++j) {
-      for (int v = 0; v < vectors; ++v) {
-        T* score = scores_ + j * width + v * lanes<T>;
-        const Packet<T> masked = mask(j, v, ploadu<Packet<T>>(score));
-        max[v] = pmax(max[v], masked);
-        pstoreu(score, masked);
-      }
-    }
-  }
-
-  // Takes scored keys and their values into the softmax of a panel.
-  void take(Index p, const KeyTile<T>& keys, const PanelKeys& seen, const Packet<T> (&max)[vectors]) {
-    Panel softmax = panel(p);
-    Packet<T> correction[vectors];
-    softmax.update(scores_ + seen.any.first * width, seen.any.count(), max, correction);
-    add_values<vectors>(softmax, 0, keys, seen.shared, correction);
-    const Packet<T> one = pset1<Packet<T>>(T(1));
-    if (seen.before().count() > 0) add_values<1>(softmax, 0, keys, seen.before(), &one);
-    if (seen.after().count() > 0) add_values<1>(softmax, 1, keys, seen.after(), &one);
-  }
-
-  // value = factor * value + what some keys add, for Vectors vectors of a panel from `vector` on.
+  // value = factor * value + what some keys add, for Vectors vectors of a panel from `vector` on, whose value has then
+  // taken its factor.
   template <int Vectors>
-  void add_values(const Panel& softmax, Index vector, const KeyTile<T>& keys, Range range, const Packet<T>* factor) {
-    multiply<Vectors>(
-        keys.value_transposed(range.first), value_dim_, scores_ + range.first * width + vector * lanes<T>, width,
-        range.count(), [](Index, int) { return pset1<Packet<T>>(T(0)); },
+  void add_values(const Panel& softmax, Index vector, const KeyTile<T>& keys, Range range, Packet<T>* factor) {
+    Packet<T> shrink[Vectors];
+    std::copy_n(factor + vector, Vectors, shrink);
+    multiply_groups<group_rows, Vectors>(
+        keys.value_transposed(range.first), keys.value_stride(), scores_ + range.first * width + vector * lanes<T>,
+        width, range.count(), [](Index, int) { return pset1<Packet<T>>(T(0)); },
         [&](Index c, int v, const Packet<T>& product) {
           T* o = softmax.value + c * width + (vector + v) * lanes<T>;
-          pstoreu(o, pmadd(ploadu<Packet<T>>(o), factor[v], product));
-        });
+          pstoreu(o, pmadd(ploadu<Packet<T>>(o), shrink[v], product));
+        },
+        Pace<16>{lookahead_});
+    std::fill_n(factor + vector, Vectors, pset1<Packet<T>>(T(1)));
   }
 
   Index dim_;

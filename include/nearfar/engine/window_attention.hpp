@@ -22,7 +22,7 @@ void window_attention_in_tiles(Work& work, const Heads& heads, Window window, do
   using T = Accumulator<Scalar>;
   const Index dim = heads.dim;
   const Index value_dim = heads.value_width();
-  const Tiles tiles(work, inputs, 512);
+  const Tiles tiles(work, inputs, 576);
   // Causal work grows along a sequence: the last tiles come first, so that no long task is left for the end.
   work.for_each(tiles.count() * heads.query, [&](Index task, Scratch& scratch) {
     const Tile tile = tiles[tiles.count() - 1 - task / heads.query];
@@ -44,26 +44,26 @@ void window_attention_in_tiles(Work& work, const Heads& heads, Window window, do
         inputs.value.middle_rows(rows.key_begin, rows.key_count).middle_cols(key_head * value_dim, value_dim);
     Range seen = band.seen_by_any(tile.first, tile.count);
     seen.first = seen.first / 16 * 16;
+
+    Lookahead later;
+    later.add(result.data(), result.stride(), result.rows(), value_dim);
+    if (head + 1 < heads.query) {
+      // The next task is likely this tile's next head.
+      const Index columns = (head + 1) % heads.group() == 0 ? dim : 0;
+      const Index first = std::min(seen.count(), KeyTile<T>::capacity);
+      later.add(query.data() + dim, query.stride(), query.rows(), dim);
+      later.add(key.row(seen.first) + columns, key.stride(), first, dim);
+      later.add(value.row(seen.first) + columns / dim * value_dim, value.stride(), first, value_dim);
+    }
+    Lookahead& ahead = queries.lookahead();
+    ahead.and_then(&later);
     for (Index j = seen.first; j < seen.end; ++j) {
       if (mask == nullptr || mask[j] != 0) keys.append(key.row(j), value.row(j), j);
       if (keys.full() || j + 1 == seen.end) {
-        Lookahead& ahead = queries.lookahead();
-        ahead.clear();
         const Index next = std::min(seen.end - (j + 1), KeyTile<T>::capacity);
-        if (next > 0) {
-          ahead.add(key.row(j + 1), key.stride(), next, dim);
-          ahead.add(value.row(j + 1), value.stride(), next, value_dim);
-        } else {
-          ahead.add(result.data(), result.stride(), result.rows(), value_dim);
-        }
-        if (next == 0 && head + 1 < heads.query) {
-          // The next task is likely this tile's next head.
-          const Index columns = (head + 1) % heads.group() == 0 ? dim : 0;
-          const Index first = std::min(seen.count(), KeyTile<T>::capacity);
-          ahead.add(key.row(seen.first) + columns, key.stride(), first, dim);
-          ahead.add(value.row(seen.first) + columns / dim * value_dim, value.stride(), first, value_dim);
-          ahead.add(query.data() + dim, query.stride(), query.rows(), dim);
-        }
+        ahead.clear();
+        ahead.add(key.row(j + 1), key.stride(), next, dim);
+        ahead.add(value.row(j + 1), value.stride(), next, value_dim);
         queries.visit(keys, band);
         keys.clear();
       }
