@@ -173,7 +173,7 @@ class Nystrom {
     work.for_each(sequence_count(inputs) * heads_.query, [&](Index task, detail::Scratch& scratch) {
       solve(landmarks.of(task / heads_.query), task % heads_.query, f, scratch);
     });
-    detail::window_attention(work, landmark_heads(), Window{}, scale(),
+    detail::wide_window_attention(work, landmark_heads(), Window{}, scale(),
                              landmarks.as_keys(inputs, Tokens<const T>(f.key), Tokens<const T>(f.value)), out,
                              f.log_sum_exp);
   }

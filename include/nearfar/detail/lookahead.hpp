@@ -29,6 +29,9 @@ class Lookahead {
     if (rows_ == 0) open(regions_ - 1);
   }
 
+  /// Whether all is fetched.
+  bool done() const { return rows_ == 0; }
+
   /// How many steps to take at a time, so that so many times fetch everything.
   Index steps_at_a_time(Index times) const {
     Index lines = 0;

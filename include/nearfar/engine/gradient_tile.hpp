@@ -8,7 +8,7 @@
 #include <nearfar/online_softmax.hpp>
 
 #include <algorithm>
-#include <array>
+#include <cstddef>
 
 namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
@@ -43,10 +43,10 @@ class GradientTile {
         shift_(scratch.take<T>(capacity)),
         shift_rest_(scratch.take<T>(capacity)),
         delta_(scratch.take<T>(capacity)),
-        weight_(scratch.take<T>(KeyTile<T>::capacity * capacity)),
-        grad_score_(scratch.take<T>(KeyTile<T>::capacity * capacity)),
-        grad_key_(scratch.take<T>(group_rows * query_stride_)),
-        grad_value_(scratch.take<T>(group_rows * grad_out_stride_)) {
+        weight_(scratch.take<T>(KeyTile<T>::capacity * width)),
+        grad_score_(scratch.take<T>(KeyTile<T>::capacity * width)),
+        grad_key_(scratch.take<T>(KeyTile<T>::capacity * query_stride_)),
+        grad_value_(scratch.take<T>(KeyTile<T>::capacity * grad_out_stride_)) {
     rows_ahead_.and_then(&lookahead_);
   }
 
@@ -84,23 +84,27 @@ class GradientTile {
   /// grad_value(j), of `dim` and `value_dim` numbers.
   template <class Band, class GradKey, class GradValue>
   void visit(KeyTile<T>& keys, const Band& band, GradKey&& grad_key, GradValue&& grad_value) {
-    const auto fetch_group = [&](Index first) {
+    keys.complete();
+    std::fill_n(grad_key_, round_up(keys.count(), group_rows) * query_stride_, T(0));
+    std::fill_n(grad_value_, round_up(keys.count(), group_rows) * grad_out_stride_, T(0));
+    rows_ahead_.clear();
+    Index fetched = 0;
+    // The gradients of the keys, which are added to at the end, a group of them at a time.
+    const auto fetch_group = [&] {
+      if (!rows_ahead_.done()) return;
       rows_ahead_.clear();
-      for (Index j = first; j < std::min<Index>(first + group_rows, keys.count()); ++j) {
-        rows_ahead_.add(grad_key(j), 0, 1, dim_);
-        rows_ahead_.add(grad_value(j), 0, 1, value_dim_);
+      for (const Index end = std::min<Index>(fetched + group_rows, keys.count()); fetched < end; ++fetched) {
+        rows_ahead_.add(grad_key(fetched), 0, 1, dim_);
+        rows_ahead_.add(grad_value(fetched), 0, 1, value_dim_);
       }
     };
-    keys.complete();
-    fetch_group(0);
     for (Index p = 0; p < panels(); ++p) {
-      const PanelKeys& seen = seen_[static_cast<std::size_t>(p)] =
-          PanelKeys(keys, band, first_ + p * width, in_panel(p));
+      const PanelKeys seen(keys, band, first_ + p * width, in_panel(p));
       seen.for_each_stretch([&](auto vectors, Index vector, Range range) { score<vectors>(p, vector, keys, range); });
       for (int v = 0; v < panel_vectors; ++v) {
         const LaneMask<T, Band> mask{band, keys, first_ + p * width + v * lanes<T>};
         seen.for_each_edge(v, [&](Index j) {
-          T* score = weight_ + at(j, p) + v * lanes<T>;
+          T* score = weight_ + j * width + v * lanes<T>;
           pstoreu(score, mask(j, ploadu<Packet<T>>(score)));
         });
         weigh(p, v, seen.any[static_cast<std::size_t>(v)]);
@@ -108,15 +112,20 @@ class GradientTile {
       seen.for_each_stretch([&](auto vectors, Index vector, Range range) {
         grad_scores<vectors>(p, vector, keys, range);
         grad_queries<vectors>(p, vector, keys, range);
+        for (Index j = range.first; j < range.end; j += group_rows) {
+          fetch_group();
+          const Index query = p * width + vector * lanes<T>;
+          const Index place = j * width + vector * lanes<T>;
+          add_rows<vectors>(weight_ + place, grad_out_rows_ + query * grad_out_stride_, grad_out_stride_,
+                            grad_value_ + j * grad_out_stride_);
+          add_rows<vectors>(grad_score_ + place, query_rows_ + query * query_stride_, query_stride_,
+                            grad_key_ + j * query_stride_);
+        }
       });
     }
-    for (Index first = 0; first < keys.count(); first += group_rows) {
-      fetch_group(first + group_rows);
-      if (!sum_group(first)) continue;
-      for (Index j = first; j < std::min<Index>(first + group_rows, keys.count()); ++j) {
-        add(grad_key_ + (j - first) * query_stride_, dim_, scale_, grad_key(j));
-        add(grad_value_ + (j - first) * grad_out_stride_, value_dim_, T(1), grad_value(j));
-      }
+    for (Index j = 0; j < keys.count(); ++j) {
+      add(grad_key_ + j * query_stride_, dim_, scale_, grad_key(j));
+      add(grad_value_ + j * grad_out_stride_, value_dim_, T(1), grad_value(j));
     }
   }
 
@@ -149,13 +158,10 @@ class GradientTile {
     transpose(rows, stride, width, from.cols(), factor, on_lanes, width);
   }
 
-  // Where the scores of panel p and key j stand: panel by panel, so that those of one stay in the first-level cache.
-  static Index at(Index j, Index p) { return (p * KeyTile<T>::capacity + j) * width; }
-
   // The scores of Vectors vectors of a panel, from `vector` on.
   template <int Vectors>
   void score(Index p, Index vector, const KeyTile<T>& keys, Range range) {
-    T* scores = weight_ + at(range.first, p) + vector * lanes<T>;
+    T* scores = weight_ + range.first * width + vector * lanes<T>;
     multiply_groups<group_rows, Vectors>(
         keys.key(range.first), range.count(), query_lanes_ + p * width * dim_ + vector * lanes<T>, width, dim_,
         [&](Index j, int) { return pset1<Packet<T>>(keys.bias(range.first + j)); },
@@ -171,7 +177,7 @@ class GradientTile {
     const Packet<T> shift = ploadu<Packet<T>>(shift_ + p * width + vector * lanes<T>);
     const Packet<T> rest = ploadu<Packet<T>>(shift_rest_ + p * width + vector * lanes<T>);
     for (Index j = range.first; j < range.end; j += rows) {
-      T* scores = weight_ + at(j, p) + vector * lanes<T>;
+      T* scores = weight_ + j * width + vector * lanes<T>;
       Packet<T> weight[rows];
       NEARFAR_UNROLL for (int i = 0; i < rows; ++i) {
         weight[i] = psub(psub(ploadu<Packet<T>>(scores + i * width), shift), rest);
@@ -185,7 +191,7 @@ class GradientTile {
   template <int Vectors>
   void grad_scores(Index p, Index vector, const KeyTile<T>& keys, Range range) {
     const T* delta = delta_ + p * width + vector * lanes<T>;
-    const Index first = at(range.first, p) + vector * lanes<T>;
+    const Index first = range.first * width + vector * lanes<T>;
     multiply_groups<group_rows, Vectors>(
         keys.value(range.first), range.count(), grad_out_lanes_ + p * width * value_dim_ + vector * lanes<T>, width,
         value_dim_, [&](Index, int) { return pset1<Packet<T>>(T(0)); },
@@ -201,23 +207,10 @@ class GradientTile {
   void grad_queries(Index p, Index vector, const KeyTile<T>& keys, Range range) {
     T* grad_query = grad_query_lanes(p) + vector * lanes<T>;
     multiply_groups<group_rows, Vectors>(
-        keys.key_transposed(range.first), keys.key_stride(), grad_score_ + at(range.first, p) + vector * lanes<T>,
+        keys.key_transposed(range.first), keys.key_stride(), grad_score_ + range.first * width + vector * lanes<T>,
         width, range.count(), [&](Index c, int v) { return ploadu<Packet<T>>(grad_query + c * width + v * lanes<T>); },
         [&](Index c, int v, const Packet<T>& sum) { pstoreu(grad_query + c * width + v * lanes<T>, sum); },
         Pace<16>{lookahead_});
-  }
-
-  // The gradients of the group of keys at `place`, unless no query sees them.
-  bool sum_group(Index place) {
-    stretches_ = 0;
-    for (Index p = 0; p < panels(); ++p) {
-      const Range vectors = seen_[static_cast<std::size_t>(p)].vectors_at(place);
-      if (vectors.count() > 0) stretch_[static_cast<std::size_t>(stretches_++)] = {p, vectors};
-    }
-    if (stretches_ == 0) return false;
-    sum_rows(weight_, place, grad_out_rows_, grad_out_stride_, grad_value_);
-    sum_rows(grad_score_, place, query_rows_, query_stride_, grad_key_);
-    return true;
   }
 
   template <class Storage>
@@ -225,34 +218,17 @@ class GradientTile {
     for (Index c = 0; c < count; ++c) to[c] += static_cast<Storage>(factor * row[c]);
   }
 
-  // sums(j) = sum_i factor(j, i) row(i) over the queries i that see the group of keys j at `place`.
-  void sum_rows(const T* factor, Index place, const T* rows, Index stride, T* sums) {
-    for_each_panel<T>(stride, [&](auto features_, Index column) {
-      constexpr int features = decltype(features_)::value;
-      Packet<T> sum[group_rows][features];
-      NEARFAR_UNROLL for (int j = 0; j < group_rows; ++j) {
-        NEARFAR_UNROLL for (int v = 0; v < features; ++v) sum[j][v] = pset1<Packet<T>>(T(0));
-      }
-      for (Index s = 0; s < stretches_; ++s) {
-        const auto [p, vectors] = stretch_[static_cast<std::size_t>(s)];
-        const Index query = vectors.first * lanes<T>;
-        multiply_add(sum, Broadcast<T>{factor + at(place, p) + query, width, 1},
-                     rows + (p * width + query) * stride + column, stride, vectors.count() * lanes<T>,
-                     Pace<4>{rows_ahead_});
-      }
-      NEARFAR_UNROLL for (int j = 0; j < group_rows; ++j) {
-        NEARFAR_UNROLL for (int v = 0; v < features; ++v) {
-          pstoreu(sums + j * stride + column + v * lanes<T>, sum[j][v]);
-        }
-      }
+  // sums(j) += sum_i factor(j, i) row(i) over the queries i of Vectors vectors, for a group of keys j.
+  template <int Vectors>
+  void add_rows(const T* factor, const T* rows, Index stride, T* sums) {
+    for_each_panel<T>(stride, [&](auto features, Index column) {
+      multiply_groups<group_rows, features>(
+          Broadcast<T>{factor, width, 1}, group_rows, rows + column, stride, Vectors * lanes<T>,
+          [&](Index j, int v) { return ploadu<Packet<T>>(sums + j * stride + column + v * lanes<T>); },
+          [&](Index j, int v, const Packet<T>& sum) { pstoreu(sums + j * stride + column + v * lanes<T>, sum); },
+          Pace<8>{rows_ahead_});
     });
   }
-
-  // Some vectors of a panel.
-  struct Stretch {
-    Index panel;
-    Range vectors;
-  };
 
   Index dim_;
   Index value_dim_;
@@ -273,12 +249,8 @@ class GradientTile {
   T* grad_score_;
   T* grad_key_;
   T* grad_value_;
-  static constexpr auto most_panels = static_cast<std::size_t>(capacity / width);
-  std::array<PanelKeys, most_panels> seen_{};   // by each panel, of the key tile at hand
-  std::array<Stretch, most_panels> stretch_{};  // whose queries see the group of keys at hand
-  Index stretches_ = 0;
   Lookahead lookahead_;
-  Lookahead rows_ahead_;  // the gradients of the next group of keys
+  Lookahead rows_ahead_;  // gradients of keys, then the lookahead
 };
 
 }  // namespace detail

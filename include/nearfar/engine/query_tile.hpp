@@ -9,6 +9,7 @@
 #include <nearfar/online_softmax.hpp>
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 
 namespace nearfar {
@@ -92,19 +93,22 @@ class QueryTile {
       for (Index lane = 0; lane < width; ++lane) {
         const Index parent = std::min(first + lane, last) / children;
         const bool empty = log_sum_exp[parent] == -infinity<double>;
-        softmax.max[lane] = empty ? -infinity<T> : T(log2_e<double> * log_sum_exp[parent]);
-        softmax.sum[lane] = empty ? T(0) : T(1);
+        const double log_sum = log2_e<double> * log_sum_exp[parent];
+        softmax.max[lane] = T(log_sum);
+        // What the maximum loses as a T would be a relative error of all that was seen.
+        softmax.sum[lane] = empty ? T(0) : T(std::exp2(log_sum - double{softmax.max[lane]}));
       }
       for (Index lane = 0; lane < width; lane += lanes<T>) {
         const T* row = out + std::min(first + lane, last) / children * stride;
         T* value = softmax.value + lane;
+        const Packet<T> sum = ploadu<Packet<T>>(softmax.sum + lane);
         if (row == out + std::min(first + lane + lanes<T> - 1, last) / children * stride) {
-          for (Index c = 0; c < value_dim_; ++c) pstoreu(value + c * width, pset1<Packet<T>>(row[c]));
+          for (Index c = 0; c < value_dim_; ++c) pstoreu(value + c * width, pmul(sum, pset1<Packet<T>>(row[c])));
           continue;
         }
         for (Index i = 0; i < lanes<T>; ++i) {
           row = out + std::min(first + lane + i, last) / children * stride;
-          for (Index c = 0; c < value_dim_; ++c) value[c * width + i] = row[c];
+          for (Index c = 0; c < value_dim_; ++c) value[c * width + i] = softmax.sum[lane + i] * row[c];
         }
       }
     }

@@ -93,7 +93,7 @@ class KeyPieces {
   Index* key_offsets_;
 };
 
-/// Softmax attention of few queries to all of many keys, as window_attention gives it: each piece of the keys for
+/// Softmax attention of few queries to all of many keys, as wide_window_attention gives it: each piece of the keys for
 /// itself, then merged in their order,
 ///
 ///   L_i = log sum_p exp(L_ip)      out_i = sum_p exp(L_ip - L_i) out_ip      over pieces p with log-sum-exp L_ip.
@@ -102,7 +102,7 @@ void split_key_attention(Work& work, const Heads& heads, double scale, const Inp
                          double* log_sum_exp) {
   const KeyPieces pieces(work, inputs);
   if (pieces.count() == sequence_count(inputs)) {
-    window_attention(work, heads, Window{}, scale, inputs, out, log_sum_exp);
+    wide_window_attention(work, heads, Window{}, scale, inputs, out, log_sum_exp);
     return;
   }
   const Index rows = pieces.queries();
@@ -111,7 +111,7 @@ void split_key_attention(Work& work, const Heads& heads, double scale, const Inp
   const Tokens<const T> query = pieces.repeat_rows(work, inputs, inputs.query);
   const Inputs<T> packed{
       query, inputs.key, inputs.value, inputs.key_mask, pieces.query_offsets(), pieces.key_offsets()};
-  window_attention(work, heads, Window{}, scale, packed, partial, partial_log_sum_exp);
+  wide_window_attention(work, heads, Window{}, scale, packed, partial, partial_log_sum_exp);
 
   const Index dim = heads.value_width();
   work.for_each(sequence_count(inputs) * heads.query, [&](Index task, Scratch&) {

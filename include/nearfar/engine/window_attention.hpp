@@ -75,15 +75,23 @@ void window_attention_in_tiles(Work& work, const Heads& heads, Window window, do
   });
 }
 
-/// As above, by the way that suits the number of queries and the window.
+/// As above, by the way that suits the number of queries. For windows that are never narrow: others compile more.
+template <class Scalar>
+void wide_window_attention(Work& work, const Heads& heads, Window window, double scale, const Inputs<Scalar>& inputs,
+                           Tokens<Scalar> out, double* log_sum_exp, Tokens<const Accumulator<Scalar>> factors = {}) {
+  const FewQueries<Scalar> few(heads, window, scale, inputs, factors);
+  if (few.suits()) return few.attend(work, out, log_sum_exp);
+  window_attention_in_tiles(work, heads, window, scale, inputs, out, log_sum_exp, factors);
+}
+
+/// As above, by the way that suits the window too.
 template <class Scalar>
 void window_attention(Work& work, const Heads& heads, Window window, double scale, const Inputs<Scalar>& inputs,
                       Tokens<Scalar> out, double* log_sum_exp, Tokens<const Accumulator<Scalar>> factors = {}) {
-  const FewQueries<Scalar> few(heads, window, scale, inputs, factors);
-  if (few.suits()) return few.attend(work, out, log_sum_exp);
   const NarrowWindow<Scalar> narrow(heads, window, scale, inputs, factors);
-  if (narrow.suits()) return narrow.attend(work, out, log_sum_exp);
-  window_attention_in_tiles(work, heads, window, scale, inputs, out, log_sum_exp, factors);
+  const bool few = FewQueries<Scalar>(heads, window, scale, inputs, factors).suits();
+  if (!few && narrow.suits()) return narrow.attend(work, out, log_sum_exp);
+  wide_window_attention(work, heads, window, scale, inputs, out, log_sum_exp, factors);
 }
 
 }  // namespace detail

@@ -82,7 +82,11 @@ class WindowMechanism {
 
   void attend(const Inputs<T>& inputs, Tokens<T> out, double* log_sum_exp, Context& context) const {
     Work work(context);
-    window_attention(work, heads_, window_, scale(), inputs, out, log_sum_exp);
+    if constexpr (requires { options_.window; }) {
+      window_attention(work, heads_, window_, scale(), inputs, out, log_sum_exp);
+    } else {
+      wide_window_attention(work, heads_, window_, scale(), inputs, out, log_sum_exp);
+    }
   }
 
   std::string_view name_;
