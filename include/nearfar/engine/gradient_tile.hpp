@@ -136,8 +136,7 @@ class GradientTile {
     }
   }
 
-  /// What will be read after the next visit, fetched in its second half: what came in sooner would not last so long in
-  /// the few cache sets that the rows of one head share. The gradients that a visit adds to it fetches by itself.
+  /// What will be read after the next visit, fetched during it. The gradients that a visit adds to it fetches by itself.
   Lookahead& lookahead() { return lookahead_; }
 
  private:
