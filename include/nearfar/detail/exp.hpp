@@ -23,8 +23,15 @@ struct Exp2<float> {
   /// Adding it pushes a number's fraction out of the mantissa: what is left below is the nearest integer.
   static constexpr float round_to_integer = 0x1.8p23f;
   /// (2^r - 1) / r on [-1/2, 1/2], with the least error of 2^r in units of the last place.
+#if defined(EIGEN_HAS_SINGLE_INSTRUCTION_MADD)
   static constexpr std::array<float, 5> polynomial = {0.6931468289729557f, 0.24022236743264505f, 0.055508915977973236f,
                                                       0.009671782215649254f, 0.0013225737862836318f};
+#else
+  // Products that are rounded before they are added leave no room for the error of five coefficients.
+  static constexpr std::array<float, 6> polynomial = {0.6931471824645996f,    0.24022650718688965f,
+                                                      0.055503569543361664f,  0.009618083015084267f,
+                                                      0.0013390863314270973f, 0.00015453163359779865f};
+#endif
 };
 
 template <>
