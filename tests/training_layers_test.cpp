@@ -112,11 +112,13 @@ TEST_F(TrainingLayers, GeluIsCloseToTheProductWithTheNormalDistribution) {
 
 TEST_F(TrainingLayers, DropoutHasTheGradientOfItsForward) {
   Dropout<double> layer(width, 0.4);
+  Matrix<double> changed;
   expect_gradients(
       layer, x, rows, width,
       [&](auto v) {
         Random same({3});
-        return layer.forward(v, &same);
+        changed = v.matrix();
+        return layer.forward(changed, &same);
       },
       [&](auto g) { return layer.backward(g); });
 }
@@ -124,9 +126,9 @@ TEST_F(TrainingLayers, DropoutHasTheGradientOfItsForward) {
 TEST_F(TrainingLayers, DropoutKeepsTheMeanAndDrawsAnewEachTime) {
   constexpr Index many = 4000;
   Dropout<double> layer(width, 0.25);
-  const Matrix<double> ones = Matrix<double>::Ones(many, width);
-  const Matrix<double> first = layer.forward(Tokens<const double>(ones), &random).matrix();
-  const Matrix<double> second = layer.forward(Tokens<const double>(ones), &random).matrix();
+  Matrix<double> first = Matrix<double>::Ones(many, width), second = first;
+  layer.forward(first, &random);
+  layer.forward(second, &random);
   const auto kept = static_cast<double>((first.array() > 0).count()) / (many * width);
   const auto kept_twice = static_cast<double>((first.array() * second.array() > 0).count()) / (many * width);
   EXPECT_NEAR(kept, 0.75, 0.015);
@@ -136,7 +138,9 @@ TEST_F(TrainingLayers, DropoutKeepsTheMeanAndDrawsAnewEachTime) {
 
 TEST_F(TrainingLayers, DropoutWithoutRandomNumbersChangesNothing) {
   Dropout<double> layer(width, 0.4);
-  EXPECT_EQ(layer.forward(Tokens<const double>(x), nullptr).data(), x.data());
+  const Matrix<double> before = x;
+  EXPECT_EQ(layer.forward(x, nullptr).data(), x.data());
+  EXPECT_EQ(x, before);
   EXPECT_THROW(Dropout<double>(width, 1.0), std::invalid_argument);
 }
 
@@ -245,8 +249,23 @@ TEST_F(TrainingLayers, GradientsOfAModelAddUpOverThePiecesOfABatch) {
   });
 }
 
+TEST_F(TrainingLayers, TokensAndPositionsMayStartApart) {
+  Embedding<double> layer(4, 6, width, EmbeddingStart::apart, random);
+  const std::vector<int> tokens = {2, 2, 3};
+  const std::vector<Index> one = {0, 3};
+  const Matrix<double> y = layer.forward(tokens, one).matrix();
+  EXPECT_EQ(y.row(0).head(3), y.row(1).head(3));
+  EXPECT_NE(y.row(1).head(3), y.row(2).head(3));
+  for (Index i = 0; i < 3; ++i) {
+    const auto angle = static_cast<double>(i);
+    EXPECT_DOUBLE_EQ(y(i, 3), std::sin(angle));
+    EXPECT_DOUBLE_EQ(y(i, 4), std::cos(angle));
+    EXPECT_DOUBLE_EQ(y(i, 5), std::sin(angle * std::pow(1e4, -2.0 / 3)));
+  }
+}
+
 TEST_F(TrainingLayers, AModelRefusesASequenceLongerThanItsPositions) {
-  Embedding<double> layer(4, 6, width, random);
+  Embedding<double> layer(4, 6, width, EmbeddingStart::small, random);
   const std::vector<int> tokens(7, 1);
   const std::vector<Index> one = {0, 7};
   EXPECT_THROW(layer.forward(tokens, one), std::invalid_argument);

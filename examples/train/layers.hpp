@@ -63,11 +63,11 @@ class Dense {
         y_(to),
         grad_x_(from) {}
 
-  Tokens<const T> forward(Tokens<const T> x) {
+  Tokens<T> forward(Tokens<const T> x) {
     x_ = x;
     const Tokens<T> y = y_.rows(x.rows());
-    y.matrix().noalias() = x.matrix() * weight_.value;
-    y.matrix().rowwise() += bias_.value.row(0);
+    y.matrix().rowwise() = bias_.value.row(0);
+    y.matrix().noalias() += x.matrix() * weight_.value;
     return y;
   }
 
@@ -91,15 +91,33 @@ class Dense {
   Tokens<const T> x_;
 };
 
+/// How an embedding starts. `small`: all numbers random, with a standard deviation of 0.02. `apart`: tokens in the
+/// first half of the columns, random with a standard deviation of 1, and positions in the second, as the sinusoids of
+/// Vaswani et al. (arXiv 1706.03762, section 3.5), so that what depends on distance alone is easy to find.
+enum class EmbeddingStart { small, apart };
+
 /// y_i = token[id_i] + position[i], where i counts within each sequence.
 template <class T>
 class Embedding {
  public:
-  Embedding(Index vocabulary, Index max_length, Index width, Random& random)
-      : token_(vocabulary, width, reach, random), position_(max_length, width, reach, random), y_(width) {}
+  Embedding(Index vocabulary, Index max_length, Index width, EmbeddingStart start, Random& random)
+      : token_(vocabulary, width, 0.02 * reach, random), position_(max_length, width, 0.02 * reach, random), y_(width) {
+    if (start == EmbeddingStart::small) return;
+    const Index half = width / 2;
+    token_.value *= T(1 / 0.02);
+    token_.value.rightCols(width - half).setZero();
+    position_.value.setZero();
+    for (Index i = 0; i < max_length; ++i) {
+      for (Index c = half; c < width; ++c) {
+        const double pair = static_cast<double>((c - half) / 2 * 2) / static_cast<double>(width - half);
+        const double angle = static_cast<double>(i) * std::pow(1e4, -pair);
+        position_.value(i, c) = static_cast<T>((c - half) % 2 == 0 ? std::sin(angle) : std::cos(angle));
+      }
+    }
+  }
 
   /// `ids` holds sequences end to end, divided by `offsets` as in nearfar::Inputs.
-  Tokens<const T> forward(std::span<const int> ids, std::span<const Index> offsets) {
+  Tokens<T> forward(std::span<const int> ids, std::span<const Index> offsets) {
     ids_ = ids;
     offsets_ = offsets;
     const Tokens<T> y = y_.rows(static_cast<Index>(ids.size()));
@@ -123,7 +141,7 @@ class Embedding {
   }
 
  private:
-  static constexpr double reach = 0.02 * 1.7320508;  // a standard deviation of 0.02
+  static constexpr double reach = 1.7320508;  // of uniform numbers with a standard deviation of 1
 
   template <class Visit>
   void for_each_token(Visit&& visit) const {
@@ -205,7 +223,7 @@ class Gelu {
  public:
   explicit Gelu(Index width) : y_(width), grad_x_(width) {}
 
-  Tokens<const T> forward(Tokens<const T> x) {
+  Tokens<T> forward(Tokens<const T> x) {
     x_ = x;
     const Tokens<T> y = y_.rows(x.rows());
     const auto v = x.matrix().array();
@@ -236,37 +254,42 @@ class Gelu {
 template <class T>
 class Dropout {
  public:
-  Dropout(Index width, double rate) : rate_(rate), y_(width), grad_x_(width) {
+  Dropout(Index width, double rate) : rate_(rate), grad_x_(width) {
     if (!(rate >= 0 && rate < 1)) {
       throw std::invalid_argument("dropout must be at least 0 and less than 1, but is " + std::to_string(rate) + ".");
     }
   }
 
-  Tokens<const T> forward(Tokens<const T> x, Random* random) {
+  /// Changes x where it stands, and returns it: no layer needs what it gave for its own backward pass.
+  Tokens<T> forward(Tokens<T> x, Random* random) {
     active_ = random != nullptr && rate_ > 0;
-    if (!active_) return x;
-    drawn_ = static_cast<std::uint32_t>(random->bits());
-    return masked(x, y_.rows(x.rows()));
+    if (active_) {
+      drawn_ = static_cast<std::uint32_t>(random->bits());
+      mask(x, x);
+    }
+    return x;
   }
 
   Tokens<const T> backward(Tokens<const T> grad_y) {
-    return active_ ? masked(grad_y, grad_x_.rows(grad_y.rows())) : grad_y;
+    if (!active_) return grad_y;
+    const Tokens<T> grad_x = grad_x_.rows(grad_y.rows());
+    mask(grad_y, grad_x);
+    return grad_x;
   }
 
  private:
-  Tokens<const T> masked(Tokens<const T> from, Tokens<T> to) const {
+  void mask(Tokens<const T> from, Tokens<T> to) const {
     const auto threshold = static_cast<std::uint32_t>(rate_ * 4294967296.0);
     const T scale = static_cast<T>(1 / (1 - rate_));
     const auto cols = static_cast<std::uint32_t>(from.cols());
     for (Index i = 0; i < from.rows(); ++i) {
       const T* const read = from.row(i);
       T* const write = to.row(i);
-      const std::uint32_t first = static_cast<std::uint32_t>(i) * cols;
+      const std::uint32_t first = scattered(static_cast<std::uint32_t>(i) + drawn_);
       for (std::uint32_t c = 0; c < cols; ++c) {
-        write[c] = read[c] * (scattered(scattered(first + c) + drawn_) >= threshold ? scale : T(0));
+        write[c] = read[c] * (scattered(first + c) >= threshold ? scale : T(0));
       }
     }
-    return to;
   }
 
   /// Scatters the bits of a number: multiplications and shifts, each of which can be undone.
@@ -279,7 +302,7 @@ class Dropout {
   double rate_;
   bool active_ = false;
   std::uint32_t drawn_ = 0;
-  Buffer<T> y_, grad_x_;
+  Buffer<T> grad_x_;
 };
 
 /// A row for each sequence: the mean of its tokens, zero where there is none.

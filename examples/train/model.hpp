@@ -42,8 +42,8 @@ class AttentionLayer {
     grad_attention_.for_each([](const std::string&, Matrix<T>& gradient) { gradient.setZero(); });
   }
 
-  Tokens<const T> forward(Tokens<const T> x, std::span<const Index> offsets,
-                          nearfar::Context& context = nearfar::default_context()) {
+  Tokens<T> forward(Tokens<const T> x, std::span<const Index> offsets,
+                    nearfar::Context& context = nearfar::default_context()) {
     const Tokens<const T> projected = projection_.forward(x);
     inputs_ = {.query = query(projected), .key = key(projected), .value = value(projected), .query_offsets = offsets};
     const Tokens<T> attended = attended_.rows(x.rows());
@@ -102,7 +102,7 @@ class FeedForward {
   FeedForward(Index from, Index hidden, Index to, double dropout, Random& random)
       : in_(from, hidden, random), gelu_(hidden), dropout_(hidden, dropout), out_(hidden, to, random) {}
 
-  Tokens<const T> forward(Tokens<const T> x, Random* random) {
+  Tokens<T> forward(Tokens<const T> x, Random* random) {
     return out_.forward(dropout_.forward(gelu_.forward(in_.forward(x)), random));
   }
 
@@ -211,6 +211,7 @@ class Head {
 struct ModelOptions {
   Index vocabulary = 0;
   Index max_length = 0;
+  EmbeddingStart embedding = EmbeddingStart::small;
   Index classes = 0;
   /// One answer a sequence, from the mean of its tokens, instead of one a token.
   bool pool = false;
@@ -228,7 +229,7 @@ class Model {
 
   /// Every block gets a copy of `attention`, with parameters of its own.
   Model(const ModelOptions& options, const Attention& attention, Random random)
-      : embedding_(options.vocabulary, options.max_length, options.width, random),
+      : embedding_(options.vocabulary, options.max_length, options.width, options.embedding, random),
         dropout_(options.width, options.dropout),
         norm_(options.width),
         head_(options.width, options.feed_forward, options.classes, options.pool, random) {
