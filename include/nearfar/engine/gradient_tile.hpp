@@ -100,16 +100,15 @@ class GradientTile {
     };
     for (Index p = 0; p < panels(); ++p) {
       const PanelKeys seen(keys, band, first_ + p * width, in_panel(p));
-      seen.for_each_stretch([&](auto vectors, Index vector, Range range) { score<vectors>(p, vector, keys, range); });
-      for (int v = 0; v < panel_vectors; ++v) {
-        const LaneMask<T, Band> mask{band, keys, first_ + p * width + v * lanes<T>};
-        seen.for_each_edge(v, [&](Index j) {
-          T* score = weight_ + j * width + v * lanes<T>;
-          pstoreu(score, mask(j, ploadu<Packet<T>>(score)));
-        });
-        weigh(p, v, seen.any[static_cast<std::size_t>(v)]);
-      }
-      seen.for_each_stretch([&](auto vectors, Index vector, Range range) {
+      seen.for_each_stretch([&](auto vectors, int vector, Range range, Range all) {
+        score<vectors>(p, vector, keys, range);
+        for (int v = vector; v < vector + vectors; ++v) {
+          hide(LaneMask<T, Band>{band, keys, first_ + p * width + v * lanes<T>}, range, all, weight_ + v * lanes<T>,
+               width, [](const Packet<T>&) {});
+        }
+      });
+      for (int v = 0; v < panel_vectors; ++v) weigh(p, v, seen.any(v));
+      seen.for_each_stretch([&](auto vectors, int vector, Range range, Range) {
         grad_scores<vectors>(p, vector, keys, range);
         grad_queries<vectors>(p, vector, keys, range);
         for (Index j = range.first; j < range.end; j += group_rows) {
@@ -136,7 +135,8 @@ class GradientTile {
     }
   }
 
-  /// What will be read after the next visit, fetched during it. The gradients that a visit adds to it fetches by itself.
+  /// What will be read after the next visit, fetched during it. The gradients that a visit adds to it fetches by
+  /// itself.
   Lookahead& lookahead() { return lookahead_; }
 
  private:

@@ -19,7 +19,6 @@ struct LaneMask {
 
   NEARFAR_INLINE Packet<T> operator()(Index j, const Packet<T>& score) const {
     const Range seeing = band.seeing(keys.position(j));
-    if (seeing.first <= first && first + lanes<T> <= seeing.end) return score;
     const auto place = [&](Index query) {
       return pset1<Packet<T>>(static_cast<T>(std::clamp<Index>(query - first, 0, lanes<T>)));
     };
@@ -29,6 +28,19 @@ struct LaneMask {
     return pselect(pcmp_lt(lane, place(seeing.first)), hidden, before_end);
   }
 };
+
+/// Hides the scores at `scores`, a row of `width` a key, of the keys that not `all` of the queries of a vector see;
+/// take(masked) may look at what is left.
+template <class T, class Band, class Take>
+NEARFAR_INLINE void hide(const LaneMask<T, Band>& mask, Range keys, Range all, T* scores, Index width, Take&& take) {
+  for (const Range& edge : {Range{keys.first, all.first}, Range{all.end, keys.end}}) {
+    for (Index j = edge.first; j < edge.end; ++j) {
+      const Packet<T> masked = mask(j, ploadu<Packet<T>>(scores + j * width));
+      pstoreu(scores + j * width, masked);
+      take(masked);
+    }
+  }
+}
 
 }  // namespace detail
 }  // namespace NEARFAR_VERSION_NAMESPACE

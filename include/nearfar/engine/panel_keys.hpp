@@ -14,72 +14,65 @@ inline namespace NEARFAR_VERSION_NAMESPACE {
 namespace detail {
 
 /// The keys of a tile that a panel of queries meets, in whole groups.
-struct PanelKeys {
-  /// Those that some query of each vector sees, and the others of their groups.
-  std::array<Range, panel_vectors> any{};
-  /// Those of groups that every query sees: no mask is needed there.
-  Range all = nowhere;
-
-  PanelKeys() = default;
-
+class PanelKeys {
+ public:
   /// Of the `count` queries from number `query` on.
   template <class T, class Band>
   PanelKeys(const KeyTile<T>& keys, const Band& band, Index query, Index count) {
+    if (keys.within(band.seen_by_any(query, count)).count() == 0) return;
     for (Index first = 0; first < count; first += lanes<T>) {
-      const Range seen = keys.within(band.seen_by_any(query + first, std::min<Index>(lanes<T>, count - first)));
-      if (seen.count() == 0) continue;
-      any[static_cast<std::size_t>(first / lanes<T>)] = {seen.first / group_rows * group_rows,
-                                                         round_up(seen.end, group_rows)};
+      const Index queries = std::min<Index>(lanes<T>, count - first);
+      const Range any = keys.within(band.seen_by_any(query + first, queries));
+      if (any.count() == 0) continue;
+      const Range all = keys.within(band.seen_by_all(query + first, queries));
+      const auto vector = static_cast<std::size_t>(first / lanes<T>);
+      any_[vector] = {down(any.first), up(any.end)};
+      all_[vector] = {up(all.first), all.end == keys.count() ? up(all.end) : down(all.end)};
     }
-    const Range seen = keys.within(band.seen_by_all(query, count));
-    const Index end = seen.end == keys.count() ? round_up(seen.end, group_rows) : seen.end / group_rows * group_rows;
-    if (round_up(seen.first, group_rows) < end) all = {round_up(seen.first, group_rows), end};
   }
 
-  /// The vectors [first, end) that meet the group at `place`.
-  Range vectors_at(Index place) const {
-    Range vectors{panel_vectors, 0};
-    for (int v = 0; v < panel_vectors; ++v) {
-      if (!holds(v, place)) continue;
-      vectors = {std::min<Index>(vectors.first, v), v + 1};
-    }
-    return vectors;
-  }
+  /// The keys that some query of a vector sees, and the others of their groups.
+  Range any(int vector) const { return any_[static_cast<std::size_t>(vector)]; }
 
-  /// Calls visit(std::integral_constant<int, count>, vector, keys) for stretches of keys that meet the same `count`
-  /// vectors, from `vector` on.
+  /// Calls visit(std::integral_constant<int, count>, vector, keys, all) for stretches of keys that meet the same
+  /// `count` vectors, from `vector` on, and those of them that every query of these sees: there no mask is needed.
   template <class Visit>
   void for_each_stretch(Visit&& visit) const {
-    for (Index place = 0, next; place != nowhere.first; place = next) {
-      next = nowhere.first;
-      for (const Range& keys : any) {
-        if (keys.count() > 0 && keys.first > place) next = std::min(next, keys.first);
-        if (keys.end > place) next = std::min(next, keys.end);
+    constexpr Index none = std::numeric_limits<Index>::max();
+    for (Index place = 0, next; place != none; place = next) {
+      next = none;
+      int first = panel_vectors, end = 0;
+      Range all{place, none};
+      for (int v = 0; v < panel_vectors; ++v) {
+        const Range keys = any(v);
+        if (keys.count() == 0 || keys.end <= place) continue;
+        if (keys.first > place) {
+          next = std::min(next, keys.first);
+          continue;
+        }
+        next = std::min(next, keys.end);
+        first = std::min(first, v);
+        end = v + 1;
+        all = {std::max(all.first, all_[static_cast<std::size_t>(v)].first),
+               std::min(all.end, all_[static_cast<std::size_t>(v)].end)};
       }
-      const Range vectors = vectors_at(place);
       const Range keys{place, next};
-      if (vectors.count() == 1) visit(std::integral_constant<int, 1>{}, vectors.first, keys);
-      if (vectors.count() == 2) visit(std::integral_constant<int, 2>{}, vectors.first, keys);
-      if (vectors.count() == 3) visit(std::integral_constant<int, 3>{}, vectors.first, keys);
+      all = {std::min(all.first, next), std::min(all.end, next)};
+      if (all.count() == 0) all = {next, next};
+      if (end - first == 1) visit(std::integral_constant<int, 1>{}, first, keys, all);
+      if (end - first == 2) visit(std::integral_constant<int, 2>{}, first, keys, all);
+      if (end - first == 3) visit(std::integral_constant<int, 3>{}, first, keys, all);
     }
-  }
-
-  /// Calls visit(key) for the keys of a vector that a mask must look at.
-  template <class Visit>
-  void for_each_edge(int vector, Visit&& visit) const {
-    const Range& keys = any[static_cast<std::size_t>(vector)];
-    for (Index j = keys.first; j < std::min(all.first, keys.end); ++j) visit(j);
-    for (Index j = std::max(all.end, keys.first); j < keys.end; ++j) visit(j);
   }
 
  private:
   static_assert(panel_vectors == 3, "for_each_stretch names each number of vectors.");
-  static constexpr Range nowhere{std::numeric_limits<Index>::max(), std::numeric_limits<Index>::max()};
 
-  bool holds(int vector, Index place) const {
-    const Range& keys = any[static_cast<std::size_t>(vector)];
-    return keys.first <= place && place < keys.end;
-  }
+  static Index down(Index place) { return place / group_rows * group_rows; }
+  static Index up(Index place) { return round_up(place, group_rows); }
+
+  std::array<Range, panel_vectors> any_{};
+  std::array<Range, panel_vectors> all_{};  // in whole groups
 };
 
 }  // namespace detail

@@ -59,27 +59,24 @@ class QueryTile {
       const PanelKeys seen(keys, band, first_ + p * width, in_panel(p));
       Packet<T> max[panel_vectors];
       std::fill_n(max, panel_vectors, pset1<Packet<T>>(-infinity<T>));
-      seen.for_each_stretch([&](auto vectors, Index vector, Range range) {
-        score<vectors>(p, vector, keys, {range.first, std::min(range.end, seen.all.first)});
-        score<vectors>(p, vector, keys, {std::max(range.first, seen.all.first), std::min(range.end, seen.all.end)},
-                       max);
-        score<vectors>(p, vector, keys, {std::max(range.first, seen.all.end), range.end});
+      seen.for_each_stretch([&](auto vectors, int vector, Range range, Range all) {
+        score<vectors>(p, vector, keys, {range.first, all.first});
+        score<vectors>(p, vector, keys, all, max);
+        score<vectors>(p, vector, keys, {all.end, range.end});
+        for (int v = vector; v < vector + vectors; ++v) {
+          hide(LaneMask<T, Band>{band, keys, first_ + p * width + v * lanes<T>}, range, all, scores_ + v * lanes<T>,
+               width, [&](const Packet<T>& masked) { max[v] = pmax(max[v], masked); });
+        }
       });
       Panel softmax = panel(p);
       Packet<T> factor[panel_vectors];
       for (int v = 0; v < panel_vectors; ++v) {
-        const LaneMask<T, Band> mask{band, keys, first_ + p * width + v * lanes<T>};
-        seen.for_each_edge(v, [&](Index j) {
-          T* score = scores_ + j * width + v * lanes<T>;
-          const Packet<T> masked = mask(j, ploadu<Packet<T>>(score));
-          max[v] = pmax(max[v], masked);
-          pstoreu(score, masked);
-        });
-        const Range any = seen.any[static_cast<std::size_t>(v)];
+        const Range any = seen.any(v);
         if (any.count() > 0) factor[v] = softmax.update(v, scores_ + any.first * width, any.count(), max[v]);
       }
-      seen.for_each_stretch(
-          [&](auto vectors, Index vector, Range range) { add_values<vectors>(softmax, vector, keys, range, factor); });
+      seen.for_each_stretch([&](auto vectors, int vector, Range range, Range) {
+        add_values<vectors>(softmax, vector, keys, range, factor);
+      });
     }
   }
 
@@ -157,7 +154,8 @@ class QueryTile {
           pstoreu(scores + j * width + v * lanes<T>, product);
         },
         Pace<16>{lookahead_});
-    if (max != nullptr) std::copy_n(largest, Vectors, max + vector);
+    if (max == nullptr) return;
+    for (int v = 0; v < Vectors; ++v) max[vector + v] = pmax(max[vector + v], largest[v]);
   }
 
   // value = factor * value + what some keys add, for Vectors vectors of a panel from `vector` on, whose value has then
