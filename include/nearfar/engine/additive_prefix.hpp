@@ -12,23 +12,19 @@ namespace detail {
 // of the next do; with them it pools its own p, takes a second turn, and writes its rows of out. All that it reads more
 // than once is in the cache by then, and each score is computed once.
 
-/// Tokens of a causal stretch: what backward recomputes at a time.
-inline constexpr Index prefix_stretch = 64;
-
 /// The visible tokens of a stretch.
 struct Visible {
   bool at[prefix_stretch];      // whether token i of the stretch is
+  Index seen[prefix_stretch];   // how many there are up to token i
   Index token[prefix_stretch];  // their numbers in the batch
-  Index row[prefix_stretch];    // and in the stretch
   Index count = 0;
 
   template <class T>
   Visible(const AdditiveCall<T>& call, const Stretch& stretch) {
     for (Index i = 0; i < stretch.count; ++i) {
       at[i] = call.sees(stretch.first + i);
-      if (!at[i]) continue;
-      token[count] = stretch.first + i;
-      row[count++] = i;
+      if (at[i]) token[count++] = stretch.first + i;
+      seen[i] = count;
     }
   }
 };

@@ -9,42 +9,38 @@ namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
 namespace detail {
 
-/// The prefix means of a stretch again, from where it started and the weights of its tokens.
+/// The prefix means of a stretch again, from where it started and the weights of its visible tokens. Row r of gq and gk
+/// is what they are after r of these.
 template <class T>
 struct PrefixMeans {
-  Tokens<T> query;  ///< gq_t
-  Tokens<T> p;      ///< gq_t * k_t, of visible tokens
-  Tokens<T> key;    ///< gk_t
+  Tokens<T> query;  ///< gq
+  Tokens<T> p;      ///< gq_t * k_t of the visible tokens
+  Tokens<T> key;    ///< gk
 
   PrefixMeans(const AdditiveCall<T>& call, const AdditiveSaved<T>& saved, Index s, const Visible& visible,
               Scratch& scratch) {
-    const PoolingShape shape = call.query_shape();
     const Index width = call.width();
-    const Stretch& stretch = call.stretches[s];
-    const auto take_rows = [&] {
-      return Tokens<T>(scratch.take<T>(stretch.count * width), stretch.count, width, width);
+    const auto take = [&](Index rows) { return Tokens<T>(scratch.take<T>(rows * width), rows, width, width); };
+    const auto start = [&](const Matrix<T>& means) {
+      const Tokens<T> rows = take(visible.count + 1);
+      std::copy_n(means.row(s).data(), width, rows.row(0));
+      return rows;
     };
-    const auto prefix = [&](const Matrix<T>& weights, const Matrix<T>& start, Tokens<const T> rows) {
-      const Tokens<T> means = take_rows();
-      const T* before = start.row(s).data();
-      for (Index i = 0; i < stretch.count; ++i) {
-        std::copy_n(before, width, means.row(i));
-        if (visible.at[i]) {
-          advance_means<T>(shape, weights.row(stretch.first + i).data(), rows.row(i), means.row(i),
-                           [](Index) { return [](Index, const auto&) {}; });
-        }
-        before = means.row(i);
-      }
-      return means;
+    query = start(saved.query_means);
+    p = take(visible.count);
+    key = start(saved.key_means);
+    const auto weight_in = [&](const Matrix<T>& weights) {
+      return [&](Index r) { return weights.row(visible.token[r]).data(); };
     };
-    query = prefix(saved.query_weights, saved.query_means, call.inputs.query.middle_rows(stretch.first, stretch.count));
-    p = take_rows();
-    for (Index i = 0; i < visible.count; ++i) {
-      const T* const none = nullptr;
-      const Index row = visible.row[i];
-      blend_row<T>(call.heads, query.row(row), call.inputs.key.row(visible.token[i]), none, p.row(row));
-    }
-    key = prefix(saved.key_weights, saved.key_means, p);
+    prefix_means<T>(
+        call.key_shape(), visible.count, weight_in(saved.query_weights),
+        [&](Index r) { return call.inputs.query.row(visible.token[r]); }, query,
+        [&]<class P>(Index r, Index own, Index shared, const P& mean) {
+          pstoreu(p.row(r) + own, pmul(mean, ploadu<P>(call.inputs.key.row(visible.token[r]) + shared)));
+        });
+    prefix_means<T>(
+        call.key_shape(), visible.count, weight_in(saved.key_weights), [&](Index r) { return p.row(r); }, key,
+        [](Index, Index, Index, const auto&) {});
   }
 };
 
@@ -82,123 +78,111 @@ class HandedOn {
   T* sums_;
 };
 
-/// The backward pass of one stretch.
+/// The backward pass of one stretch: of the keys' pooling first, which pools the rows p, then of the queries'.
 template <class T>
 class PrefixBackward {
  public:
   PrefixBackward(const AdditiveCall<T>& call, const AdditiveGradients<T>& grad, Index s, Scratch& scratch)
       : call_(call),
         grad_(grad),
-        shape_(call.query_shape()),
+        shape_(call.key_shape()),
         stretch_(call.stretches[s]),
         visible_(call, stretch_),
         mean_(call, grad.saved, s, visible_, scratch),
-        grad_global_key_(scratch.take<T>(call.width())),
-        grad_scores_(scratch.take<T>(backward_rows * shape_.padded())),
-        grad_p_(scratch.take<T>(backward_rows * call.width()), backward_rows, call.width(), call.width()) {}
+        grad_rows_(scratch.take<T>(visible_.count * call.width()), visible_.count, call.width(), call.width()),
+        grad_scores_(scratch.take<T>(prefix_stretch * shape_.padded())) {
+    list_rows_of_keys(scratch);
+    list_rows_of_queries();
+  }
 
   /// What the rows of out leave for the keys before the stretch.
-  void leave_for_keys(const SuffixSums<T>& own, Scratch& scratch) const {
-    const Scratch::Scope scope(scratch);
-    T* const unused = scratch.take<T>(call_.heads.value_cols());
-    for (Index i = stretch_.count; i-- > 0;) {
-      find_grad_global_key(i, unused);
-      pass_row(mean_.key, i, grad_global_key_, grad_.saved.key_weights, own);
-    }
+  void leave_for_keys(const SuffixSums<T>& own) { of_keys_.leave(shape_, own); }
+
+  /// Writes the gradients of values and finds those of p. `after` is what all rows behind leave for the keys.
+  void keys(const SuffixSums<T>& after, T* grad_weights) {
+    with_store(grad_.inputs.value, shape_.dim, [&](auto store) { of_keys_.go_back(shape_, after, store); });
+    scores_backward(0, call_.w_k, mean_.p, grad_weights, {}, grad_rows_, Keep{});
   }
 
-  /// Writes the gradients of value and key, leaves those of gq in the rows of grad.inputs.query and takes them into
-  /// `own`. `after` is what all rows behind leave for the keys.
-  void keys(const SuffixSums<T>& after, const SuffixSums<T>& own, T* grad_weights) const {
-    for_each_tile([&](Index first, Index end) {
-      for (Index i = end; i-- > first;) {
-        find_grad_global_key(i, grad_.inputs.value.row(stretch_.first + i));
-        take_row(mean_.key, i, grad_global_key_, grad_.saved.key_weights, mean_.p.row(i), after, grad_p_.row(i - first),
-                 i - first);
-      }
-      scores_backward(first, end, call_.w_k, mean_.p, grad_p_.middle_rows(0, end - first), grad_weights);
-      for (Index i = end; i-- > first;) {
-        const Index token = stretch_.first + i;
-        T* const grad_global_query = grad_.inputs.query.row(token);
-        if (visible_.at[i]) {
-          blend_row_backward<T>(call_.heads, mean_.query.row(i), call_.inputs.key.row(token), grad_p_.row(i - first),
-                                grad_.inputs.key.row(token), false, grad_global_query);
-        } else {
-          std::fill_n(grad_global_query, call_.width(), T(0));
-          std::fill_n(grad_.inputs.key.row(token), call_.heads.key_cols(), T(0));
-        }
-        pass_row(mean_.query, i, grad_global_query, grad_.saved.query_weights, own);
-      }
-    });
-  }
+  /// What the rows of p leave for the queries before the stretch.
+  void leave_for_queries(const SuffixSums<T>& own) { of_queries_.leave(shape_, own); }
 
-  /// Turns the gradients of gq in the rows of grad.inputs.query into those of the queries.
-  void queries(const SuffixSums<T>& after, T* grad_weights) const {
-    const auto own = [&](auto rows) { return rows.middle_rows(stretch_.first, stretch_.count); };
-    const Tokens<T> grad_rows = own(grad_.inputs.query);
-    const Tokens<const T> query = own(call_.inputs.query);
-    for_each_tile([&](Index first, Index end) {
-      for (Index i = end; i-- > first;) {
-        take_row(mean_.query, i, grad_rows.row(i), grad_.saved.query_weights, query.row(i), after, grad_rows.row(i),
-                 i - first);
-      }
-      scores_backward(first, end, call_.w_q, query, grad_rows.middle_rows(first, end - first), grad_weights);
-      for (Index i = first; call_.add_query && i < end; ++i) {
-        const T* const more = grad_.out.row(stretch_.first + i);
-        for (Index c = 0; c < call_.width(); ++c) grad_rows(i, c) += more[c];
-      }
+  /// Writes the gradients of keys and queries. `after` is what all rows behind leave for the queries.
+  void queries(const SuffixSums<T>& after, T* grad_weights) {
+    with_store(grad_.inputs.key, shape_.dim, [&](auto store) { of_queries_.go_back(shape_, after, store); });
+    with_store(grad_.inputs.query, shape_.dim, [&](auto store) {
+      for_each_run(
+          0, stretch_.count, [&](Index i) { return visible_.at[i]; },
+          [&](Index i, Index count) {
+            const auto run = [&](auto tokens) { return tokens.middle_rows(stretch_.first + i, count); };
+            scores_backward(visible_.seen[i] - 1, call_.w_q, run(call_.inputs.query), grad_weights,
+                            call_.add_query ? run(grad_.out) : Tokens<const T>{}, run(grad_.inputs.query), store);
+          },
+          [&](Index i) {
+            T* const row = grad_.inputs.query.row(stretch_.first + i);
+            call_.add_query ? std::copy_n(grad_.out.row(stretch_.first + i), call_.width(), row)
+                            : std::fill_n(row, call_.width(), T(0));
+          });
     });
   }
 
  private:
-  template <class Tile>
-  void for_each_tile(Tile&& tile) const {
-    for (Index end = stretch_.count, first; end > 0; end = first) {
-      first = (end - 1) / backward_rows * backward_rows;
-      tile(first, end);
+  /// All tokens have a row of out; those that are not visible enter no mean.
+  void list_rows_of_keys(Scratch& scratch) {
+    T* const zeros = scratch.take<T>(call_.width());
+    T* const unused = scratch.take<T>(call_.width());
+    std::fill_n(zeros, call_.width(), T(0));
+    of_keys_.count = stretch_.count;
+    for (Index i = 0; i < stretch_.count; ++i) {
+      const Index token = stretch_.first + i;
+      const Index row = visible_.seen[i] - 1;
+      const bool visible = visible_.at[i], read = reads_value(call_, grad_, token);
+      if (!read) std::fill_n(grad_.inputs.value.row(token), call_.heads.value_cols(), T(0));
+      of_keys_.weight[i] = grad_.saved.key_weights.row(token).data();
+      of_keys_.mean[i] = mean_.key.row(row + 1);
+      of_keys_.factor[i] = read ? call_.inputs.value.row(token) : zeros;
+      of_keys_.grad[i] = read ? grad_.u.row(token) : zeros;
+      of_keys_.grad_factor[i] = read ? grad_.inputs.value.row(token) : unused;
+      of_keys_.x[i] = visible ? mean_.p.row(row) : zeros;
+      of_keys_.grad_x[i] = visible ? grad_rows_.row(row) : unused;
+      of_keys_.grad_score[i] = visible ? grad_scores_ + row * shape_.padded() : unused;
     }
   }
 
-  void find_grad_global_key(Index i, T* grad_value) const {
-    const Index token = stretch_.first + i;
-    if (reads_value(call_, grad_, token)) {
-      blend_row_backward<T>(call_.heads, mean_.key.row(i), call_.inputs.value.row(token), grad_.u.row(token),
-                            grad_value, false, grad_global_key_);
-    } else {
-      std::fill_n(grad_value, call_.heads.value_cols(), T(0));
-      std::fill_n(grad_global_key_, call_.width(), T(0));
+  /// Their gradients take the place of those of p.
+  void list_rows_of_queries() {
+    of_queries_.count = visible_.count;
+    for (Index r = 0; r < visible_.count; ++r) {
+      const Index token = visible_.token[r];
+      of_queries_.weight[r] = grad_.saved.query_weights.row(token).data();
+      of_queries_.mean[r] = mean_.query.row(r + 1);
+      of_queries_.factor[r] = call_.inputs.key.row(token);
+      of_queries_.grad[r] = grad_rows_.row(r);
+      of_queries_.grad_factor[r] = grad_.inputs.key.row(token);
+      of_queries_.x[r] = call_.inputs.query.row(token);
+      of_queries_.grad_x[r] = grad_rows_.row(r);
+      of_queries_.grad_score[r] = grad_scores_ + r * shape_.padded();
+    }
+    for (Index i = 0; i < stretch_.count; ++i) {
+      if (!visible_.at[i]) std::fill_n(grad_.inputs.key.row(stretch_.first + i), call_.heads.key_cols(), T(0));
     }
   }
 
-  /// Takes row i into the sums, and if it is visible writes what reaches x and its scores.
-  void take_row(Tokens<const T> mean, Index i, const T* grad_mean, const Matrix<T>& weights, const T* x,
-                const SuffixSums<T>& sums, T* grad_x, Index tile_row) const {
-    const bool visible = visible_.at[i];
-    prefix_backward_row<T>(shape_, mean.row(i), grad_mean, visible ? weights.row(stretch_.first + i).data() : nullptr,
-                           visible ? x : nullptr, sums, grad_x, grad_scores_ + tile_row * shape_.padded());
-  }
-
-  void pass_row(Tokens<const T> mean, Index i, const T* grad_mean, const Matrix<T>& weights,
-                const SuffixSums<T>& sums) const {
-    take_row(mean, i, grad_mean, weights, nullptr, sums, nullptr, 0);
-  }
-
-  /// What reaches the visible rows of x among [first, end) through their scores, added to grad_x, whose rows are those.
-  void scores_backward(Index first, Index end, const T* weights, Tokens<const T> x, Tokens<T> grad_x,
-                       T* grad_weights) const {
-    for_each_run(
-        first, end, [&](Index i) { return visible_.at[i]; },
-        [&](Index run, Index count) {
-          const auto at = [&](Index i, Index c) { return grad_x.row(run - first + i) + c; };
-          score_rows_backward(
-              shape_, weights, grad_scores_ + (run - first) * shape_.padded(), count, x.row(run), x.stride(),
-              grad_weights,
-              [&](auto by, Index i, Index h, Index c) {
-                return ploadu<typename decltype(by)::template Of<T>>(at(i, h * shape_.dim + c));
-              },
-              [&](Index i, Index c, const auto& sum) { pstoreu(at(i, c), sum); });
+  /// Adds what reaches rows of x through their scores to what stands in grad_rows_ from row `first` on, and to `start`
+  /// unless that is empty; `store` takes the sum to grad_x.
+  template <class Store>
+  void scores_backward(Index first, const T* weights, Tokens<const T> x, T* grad_weights, Tokens<const T> start,
+                       Tokens<T> grad_x, Store&& store) const {
+    score_rows_backward(
+        call_.query_shape(), weights, grad_scores_ + first * shape_.padded(), x.rows(), x.data(), x.stride(),
+        grad_weights,
+        [&](auto by, Index i, Index h, Index c) {
+          using P = typename decltype(by)::template Of<T>;
+          const Index at = h * shape_.dim + c;
+          const P sum = ploadu<P>(grad_rows_.row(first + i) + at);
+          return start.data() == nullptr ? sum : P(padd(sum, ploadu<P>(start.row(i) + at)));
         },
-        [](Index) {});
+        [&](Index i, Index c, const auto& sum) { store(grad_x.row(i) + c, sum); });
   }
 
   const AdditiveCall<T>& call_;
@@ -207,9 +191,10 @@ class PrefixBackward {
   const Stretch& stretch_;
   Visible visible_;
   PrefixMeans<T> mean_;
-  T* grad_global_key_;
+  PrefixRows<T> of_keys_;
+  PrefixRows<T> of_queries_;
+  Tokens<T> grad_rows_;  ///< of p, then of the queries, but for what reaches these through their scores
   T* grad_scores_;
-  Tokens<T> grad_p_;
 };
 
 /// The forward pass from its end: a stretch finds what its rows leave for the keys before it, learns in its turn what
@@ -231,7 +216,7 @@ void additive_prefix_backward(const AdditiveCall<T>& call, const AdditiveGradien
       const T* const none = nullptr;
       for (Index i = 0; i < stretches[s].count; ++i) {
         const Index token = stretches[s].first + i;
-        blend_row<T>(call.heads, reads_value(call, grad, token) ? mean.key.row(i) : nullptr,
+        blend_row<T>(call.heads, reads_value(call, grad, token) ? mean.key.row(visible.seen[i]) : nullptr,
                      call.inputs.value.row(token), none, u.row(token));
       }
     });
@@ -267,11 +252,13 @@ void additive_prefix_backward(const AdditiveCall<T>& call, const AdditiveGradien
     const SuffixSums<T> own_keys = take_sums();
     const SuffixSums<T> own_queries = take_sums();
     const SuffixSums<T> after = take_sums();
-    const PrefixBackward<T> stretch(call, grad, s, scratch);
+    PrefixBackward<T> stretch(call, grad, s, scratch);
     // What the first stretch of a sequence leaves, nobody takes.
-    if (s != stretches.of(stretches[s].sequence).first) stretch.leave_for_keys(own_keys, scratch);
+    const bool leaves = s != stretches.of(stretches[s].sequence).first;
+    if (leaves) stretch.leave_for_keys(own_keys);
     to_keys.take(s, own_keys, after);
-    stretch.keys(after, own_queries, grad_w_k);
+    stretch.keys(after, grad_w_k);
+    if (leaves) stretch.leave_for_queries(own_queries);
     to_queries.take(s, own_queries, after);
     stretch.queries(after, grad_w_q);
     sums.take(s, [&] {

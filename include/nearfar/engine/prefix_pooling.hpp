@@ -11,6 +11,9 @@ namespace detail {
 //
 //   mean_i = mean_(i-1) + w_i (x_i - mean_(i-1))
 
+/// The most tokens of a stretch of the prefix form: what backward recomputes at a time.
+inline constexpr Index prefix_stretch = 64;
+
 /// What each row weighs in the softmax that ends with it, weight_i = 2^(score_i - max_i) / sum_i over the rows up to i.
 /// Takes `count` rows of scores to their weights, in place; state.max and state.sum move on.
 template <class T>
@@ -70,6 +73,44 @@ NEARFAR_INLINE void advance_means(const PoolingShape& shape, const T* weight, co
   }
 }
 
+/// Calls body(by, packets, c) for the columns of a head: blocks of four packets, and what is left one by one, `packets`
+/// an integral constant.
+template <class T, class Body>
+NEARFAR_INLINE void for_each_column_block(Index dim, Body&& body) {
+  constexpr int block = 4;
+  Index c = 0;
+  for (; c + block * lanes<T> <= dim; c += block * lanes<T>) body(ByVectors{}, std::integral_constant<int, block>{}, c);
+  for (; c + lanes<T> <= dim; c += lanes<T>) body(ByVectors{}, std::integral_constant<int, 1>{}, c);
+  for (; c + block <= dim; c += block) body(ByNumbers{}, std::integral_constant<int, block>{}, c);
+  for (; c < dim; ++c) body(ByNumbers{}, std::integral_constant<int, 1>{}, c);
+}
+
+/// means_(r + 1) = means_r + weight_r (x_r - means_r) for `count` rows, weight(r) of each head and x(r). A head's means
+/// stay in registers from row to row, and then(r, own, shared, mean) gets each packet of them, from column `own` of the
+/// means on; that of the heads as they are shared is `shared`.
+template <class T, class Weight, class X, class Then>
+void prefix_means(const PoolingShape& shape, Index count, Weight&& weight, X&& x, Tokens<T> means, Then&& then) {
+  for (Index h = 0; h < shape.heads; ++h) {
+    for_each_column_block<T>(shape.dim, [&](auto by, auto block, Index first) {
+      using P = typename decltype(by)::template Of<T>;
+      constexpr int packets = decltype(block)::value;
+      constexpr Index width = Index{sizeof(P) / sizeof(T)};
+      const Index own = h * shape.dim + first;
+      const Index shared = shape.column(h) + first;
+      P mean[packets];
+      NEARFAR_UNROLL for (int p = 0; p < packets; ++p) mean[p] = ploadu<P>(means.row(0) + own + p * width);
+      for (Index r = 0; r < count; ++r) {
+        const P share = pset1<P>(weight(r)[h]);
+        NEARFAR_UNROLL for (int p = 0; p < packets; ++p) {
+          mean[p] = pmadd(share, psub(ploadu<P>(x(r) + own + p * width), mean[p]), mean[p]);
+          pstoreu(means.row(r + 1) + own + p * width, mean[p]);
+          then(r, own + p * width, shared + p * width, mean[p]);
+        }
+      }
+    });
+  }
+}
+
 /// What the rows after row i leave for it, in the backward pass of the prefix form:
 ///
 ///   vector_i = sum_(t > i) keep_it grad_mean_t        scalar_i = sum_(t > i) keep_it mean_t . grad_mean_t
@@ -77,73 +118,146 @@ NEARFAR_INLINE void advance_means(const PoolingShape& shape, const T* weight, co
 /// with keep_it = (1 - weight_(i+1)) ... (1 - weight_t), what is left at t of a weight that was 1 at row i.
 template <class T>
 struct SuffixSums {
-  T* vector;   // heads x dim
-  T* scalar;   // padded heads
-  T* keep;     // padded heads: of all rows passed
-  T* product;  // padded heads: room for inner products
+  T* vector;  // heads x dim
+  T* scalar;  // heads x lanes<T>, yet to be summed over the lanes
+  T* keep;    // heads: of all rows passed
 
-  static Index size(const PoolingShape& shape) { return 3 * shape.padded() + shape.width(); }
+  static Index size(const PoolingShape& shape) { return shape.width() + shape.heads * (lanes<T> + 1); }
 
   static SuffixSums at(T* memory, const PoolingShape& shape) {
-    const Index padded = shape.padded();
-    return {memory + 3 * padded, memory, memory + padded, memory + 2 * padded};
+    T* const scalar = memory + shape.width();
+    return {memory, scalar, scalar + shape.heads * lanes<T>};
   }
 
   void start(const PoolingShape& shape) const {
-    std::fill_n(vector, shape.width(), T(0));
-    std::fill_n(scalar, shape.padded(), T(0));
-    std::fill_n(keep, shape.padded(), T(1));
+    std::fill_n(vector, size(shape), T(0));
+    std::fill_n(keep, shape.heads, T(1));
   }
 
   void copy_from(const SuffixSums& other, const PoolingShape& shape) const {
-    std::copy_n(other.scalar, size(shape), scalar);
+    std::copy_n(other.vector, size(shape), vector);
   }
 
   /// These sums, of a stretch of rows, with those of the rows after the stretch.
   void join(const SuffixSums& after, const PoolingShape& shape) const {
+    const auto join_numbers = [](T* own, T share, const T* other, Index count) {
+      for (Index c = 0; c < count; ++c) own[c] += share * other[c];
+    };
     for (Index h = 0; h < shape.heads; ++h) {
-      scalar[h] += keep[h] * after.scalar[h];
-      for (Index c = h * shape.dim; c < (h + 1) * shape.dim; ++c) vector[c] += keep[h] * after.vector[c];
+      join_numbers(vector + h * shape.dim, keep[h], after.vector + h * shape.dim, shape.dim);
+      join_numbers(scalar + h * lanes<T>, keep[h], after.scalar + h * lanes<T>, lanes<T>);
       keep[h] *= after.keep[h];
     }
   }
 };
 
-/// Takes row i into the sums, and where `x` is not null writes what reaches it: grad_x = weight_i vector (the share
-/// that passes through the mean), grad_scores = weight_i (x . vector - scalar), both sums with row i's own gradient in
-/// them. A row that is not visible has weights null. grad_x may be grad_mean.
+/// Rows of a stretch, on the way back from its last: an address each. The mean_i of rows x_i is multiplied by factor_i,
+/// feature by feature and as heads share it, and grad_i is the gradient of that product:
+///
+///   grad_factor_i = mean_i grad_i             grad_mean_i = factor_i grad_i
+///   grad_x_i = weight_i vector                grad_score_i = ln 2 weight_i (x_i . vector - scalar)
+///
+/// with both sums when they have taken grad_mean_i in; grad_x_i is the share that passes through the means.
 template <class T>
-void prefix_backward_row(const PoolingShape& shape, const T* mean, const T* grad_mean, const T* weight, const T* x,
-                         const SuffixSums<T>& after, T* grad_x, T* grad_scores) {
-  dot_heads(shape, mean, grad_mean, after.product);
-  for (Index h = 0; h < shape.heads; ++h) {
-    after.scalar[h] += after.product[h];
-    const T share = weight == nullptr ? T(0) : weight[h];
-    for_each_packet<T>(shape.dim, [=, vector = after.vector + h * shape.dim, at = h * shape.dim](auto by, Index c) {
-      using P = typename decltype(by)::template Of<T>;
-      const P sum = padd(ploadu<P>(vector + c), ploadu<P>(grad_mean + at + c));
-      pstoreu(vector + c, sum);
-      if (x != nullptr) pstoreu(grad_x + at + c, pmul(pset1<P>(share), sum));
-    });
-  }
-  if (weight == nullptr) return;
-  if (x != nullptr) dot_heads(shape, x, after.vector, after.product);
-  for (Index h = 0; h < shape.heads; ++h) {
-    const T share = weight[h];
-    if (x != nullptr) grad_scores[h] = ln_2<T> * share * (after.product[h] - after.scalar[h]);
-    // A row that takes all the weight leaves nothing to those before it, not even what is not finite.
-    const T left = T(1) - share;
-    after.keep[h] *= left;
-    T* const vector = after.vector + h * shape.dim;
-    if (left == T(0)) {
-      after.scalar[h] = T(0);
-      std::fill_n(vector, shape.dim, T(0));
-    } else {
-      after.scalar[h] *= left;
-      for (Index c = 0; c < shape.dim; ++c) vector[c] *= left;
+struct PrefixRows {
+  Index count = 0;
+  const T* weight[prefix_stretch];  ///< of each head; zero where the means do not take x_i in
+  const T* mean[prefix_stretch];
+  const T* factor[prefix_stretch];
+  const T* grad[prefix_stretch];
+  const T* x[prefix_stretch];
+  T* grad_x[prefix_stretch];
+  T* grad_factor[prefix_stretch];
+  T* grad_score[prefix_stretch];  ///< of each head
+
+  /// Takes the rows into the sums.
+  void leave(const PoolingShape& shape, const SuffixSums<T>& sums) const {
+    for (Index h = 0; h < shape.heads; ++h) {
+      for_each_column_block<T>(shape.dim, [&](auto by, auto packets, Index first) {
+        using P = typename decltype(by)::template Of<T>;
+        walk<P, decltype(packets)::value, false>(shape, h, first, sums, nullptr, Keep{});
+      });
+      for (Index i = 0; i < count; ++i) sums.keep[h] *= T(1) - weight[i][h];
     }
   }
-}
+
+  /// And writes the gradients, those of the factors by `store`.
+  template <class Store>
+  void go_back(const PoolingShape& shape, const SuffixSums<T>& sums, Store&& store) const {
+    alignas(Scratch::alignment) T lane_scores[prefix_stretch * lanes<T>];
+    for (Index h = 0; h < shape.heads; ++h) {
+      std::fill_n(lane_scores, prefix_stretch * lanes<T>, T(0));
+      for_each_column_block<T>(shape.dim, [&](auto by, auto packets, Index first) {
+        using P = typename decltype(by)::template Of<T>;
+        walk<P, decltype(packets)::value, true>(shape, h, first, sums, lane_scores, store);
+      });
+      for (Index i = 0; i < count; i += lanes<T>) {
+        Packet<T> packets[lanes<T>];
+        for (Index r = 0; r < lanes<T>; ++r) packets[r] = ploadu<Packet<T>>(lane_scores + (i + r) * lanes<T>);
+        T scores[lanes<T>];
+        pstoreu(scores, sum_lanes(packets));
+        for (Index r = 0; r < std::min<Index>(lanes<T>, count - i); ++r) {
+          grad_score[i + r][h] = ln_2<T> * weight[i + r][h] * scores[r];
+        }
+      }
+    }
+  }
+
+ private:
+  /// Some columns of one head, from its column `first` on. Their sums stay in registers from row to row; what is summed
+  /// over columns is left in the lanes.
+  template <class P, int Packets, bool Write, class Store>
+  NEARFAR_INLINE void walk(const PoolingShape& shape, Index h, Index first, const SuffixSums<T>& sums, T* lane_scores,
+                           Store&& store) const {
+    constexpr Index width = Index{sizeof(P) / sizeof(T)};
+    const Index own = h * shape.dim + first;
+    const Index shared = shape.column(h) + first;
+    const bool begins_group = h % shape.group == 0, whole_group = shape.group == 1;
+    const P zero = pset1<P>(T(0));
+    T* const vector_sum = sums.vector + own;
+    T* const scalar_sum = sums.scalar + h * lanes<T>;
+    P vector[Packets];
+    NEARFAR_UNROLL for (int p = 0; p < Packets; ++p) vector[p] = ploadu<P>(vector_sum + p * width);
+    P scalar = first == 0 ? ploadu<P>(scalar_sum) : zero;
+    for (Index i = count; i-- > 0;) {
+      const T share = weight[i][h];
+      P inner = zero, score = zero;
+      NEARFAR_UNROLL for (int p = 0; p < Packets; ++p) {
+        const Index c = own + p * width;
+        const P grad_product = ploadu<P>(grad[i] + c);
+        const P factors = ploadu<P>(factor[i] + shared + p * width);
+        const P grad_factors = pmul(ploadu<P>(mean[i] + c), grad_product);
+        inner = pmadd(grad_factors, factors, inner);
+        vector[p] = pmadd(grad_product, factors, vector[p]);
+        if constexpr (Write) {
+          T* const to = grad_factor[i] + shared + p * width;
+          // The sum over a group is read again before it is done.
+          if (whole_group) {
+            store(to, grad_factors);
+          } else {
+            pstoreu(to, begins_group ? grad_factors : P(padd(grad_factors, ploadu<P>(to))));
+          }
+          pstoreu(grad_x[i] + c, pmul(pset1<P>(share), vector[p]));
+          score = pmadd(ploadu<P>(x[i] + c), vector[p], score);
+        }
+      }
+      scalar = padd(scalar, inner);
+      if constexpr (Write) {
+        T* const to = lane_scores + i * lanes<T>;
+        pstoreu(to, padd(ploadu<P>(to), psub(score, scalar)));
+      }
+      // A row that takes all the weight leaves nothing to those before it, not even what is not finite.
+      const T left = T(1) - share;
+      const auto fade = [left = pset1<P>(left), zero, none = left == T(0)](P& sum) {
+        sum = none ? zero : P(pmul(left, sum));
+      };
+      fade(scalar);
+      NEARFAR_UNROLL for (int p = 0; p < Packets; ++p) fade(vector[p]);
+    }
+    NEARFAR_UNROLL for (int p = 0; p < Packets; ++p) pstoreu(vector_sum + p * width, vector[p]);
+    pstoreu(scalar_sum, first == 0 ? scalar : P(padd(scalar, ploadu<P>(scalar_sum))));
+  }
+};
 
 }  // namespace detail
 }  // namespace NEARFAR_VERSION_NAMESPACE
