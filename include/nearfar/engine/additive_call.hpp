@@ -1,6 +1,7 @@
 #pragma once
 
 #include <nearfar/context.hpp>
+#include <nearfar/detail/stores.hpp>
 #include <nearfar/engine/packed_matrix.hpp>
 #include <nearfar/engine/softmax_pooling.hpp>
 #include <nearfar/engine/stretches.hpp>
@@ -56,29 +57,6 @@ struct AdditiveGradients {
   Tokens<T> w_t;  ///< added to; empty without the transform
   T* b_t;         ///< added to; null without bias
 };
-
-/// Whether rows of heads of `dim` are best stored past the caches: they would flush them, and each head is whole
-/// vectors, which such stores must be aligned to.
-template <class T>
-bool past_caches(const Tokens<T>& rows, Index dim) {
-  // More than a call can hope to leave in a cache for the next.
-  constexpr Index cache_bytes = Index{32} << 20;
-  constexpr auto vector = Index{sizeof(Packet<T>)};
-  return rows.rows() * rows.cols() * Index{sizeof(T)} >= cache_bytes &&
-         reinterpret_cast<std::uintptr_t>(rows.data()) % vector == 0 &&
-         rows.stride() * Index{sizeof(T)} % vector == 0 && dim * Index{sizeof(T)} % vector == 0;
-}
-
-/// Calls visit(store) with what stores rows of heads of `dim`.
-template <class T, class Visit>
-void with_store(const Tokens<T>& rows, Index dim, Visit&& visit) {
-  if (past_caches(rows, dim)) {
-    visit(PastCaches{});
-    order_stores();
-  } else {
-    visit(Keep{});
-  }
-}
 
 /// u = gk * v + q feature by feature, each key/value head serving its group of query heads; gk or q may be null (zero).
 /// Asks for what lies `ahead` numbers behind the value and the query.

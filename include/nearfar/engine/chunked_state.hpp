@@ -24,6 +24,10 @@ namespace detail {
 /// Tokens a chunk: twice as many would spend more on the pairs within a chunk than they save on states.
 inline constexpr Index chunk_tokens = 64;
 
+/// At this pace the products of a chunk fetch its keys and values, or what else it reads, while the one before it is at
+/// work. A faster one takes all line buffers at once, and the products wait.
+using Fetch = Pace<4>;
+
 /// Rows of one head, side by side, padded with zeros to whole vectors.
 template <class T>
 struct PaddedRows {
@@ -32,6 +36,9 @@ struct PaddedRows {
   Index stride = round_up(dim, lanes<T>);
 
   T* row(Index i) const { return data + i * stride; }
+
+  /// The rows from `first` on, to be read number by number.
+  Broadcast<T> from(Index first) const { return {row(first), stride, 1}; }
 };
 
 /// Rows of one head on the vector lanes: dim x chunk_tokens, of which the first `count` columns are in use.
@@ -41,7 +48,6 @@ struct LaneRows {
   Index dim;
   Index count;
 
-  /// The rows from `first` on, to be read number by number.
   Broadcast<T> from(Index first) const { return {data + first, 1, chunk_tokens}; }
 };
 
@@ -66,7 +72,7 @@ struct RunningSums {
       multiply<decltype(vectors)::value>(
           Broadcast<T>{key.data, 1, key.stride}, key.dim, value.data + c, value.stride, count,
           [](Index, int) { return pset1<Packet<T>>(T(0)); },
-          [&](Index a, int v, const Packet<T>& sum) { add(a * value.stride + c + v * lanes<T>, sum); }, Pace<2>{ahead});
+          [&](Index a, int v, const Packet<T>& sum) { add(a * value.stride + c + v * lanes<T>, sum); }, Fetch{ahead});
     });
   }
 
@@ -90,15 +96,19 @@ struct RunningSums {
   }
 };
 
-/// row_sum[i] = query_i . key_sum: what all earlier keys contribute to the row sums.
+/// products[i] = a_i . b_i for `count` rows: the second may all be one, its stride 0.
 template <class T>
-void past_row_sums(const LaneRows<T>& query, const T* key_sum, T* row_sum) {
-  for_each_panel<T>(round_up(query.count, lanes<T>), [&](auto vectors, Index i) {
-    multiply<decltype(vectors)::value>(
-        Broadcast<T>{key_sum, 0, 1}, 1, query.data + i, chunk_tokens, query.dim,
-        [](Index, int) { return pset1<Packet<T>>(T(0)); },
-        [&](Index, int v, const Packet<T>& sum) { pstoreu(row_sum + i + v * lanes<T>, sum); });
-  });
+void dot_rows(const PaddedRows<T>& a, const PaddedRows<T>& b, Index count, T* products) {
+  for (Index first = 0; first < count; first += lanes<T>) {
+    Packet<T> sum[lanes<T>];
+    NEARFAR_UNROLL for (Index i = 0; i < lanes<T>; ++i) sum[i] = pset1<Packet<T>>(T(0));
+    for (Index c = 0; c < a.stride; c += lanes<T>) {
+      NEARFAR_UNROLL for (Index i = 0; i < lanes<T>; ++i) {
+        sum[i] = pmadd(ploadu<Packet<T>>(a.row(first + i) + c), ploadu<Packet<T>>(b.row(first + i) + c), sum[i]);
+      }
+    }
+    pstoreu(products + first, sum_lanes(sum));
+  }
 }
 
 /// scores[j][i] = query_i . key_j where j <= i, else 0, for the first `keys` keys. What stands in later keys reaches no
@@ -124,7 +134,7 @@ void chunk_scores(const LaneRows<T>& query, const PaddedRows<T>& key, Index keys
             sum[first + v] = padd(sum[first + v], shown);
             pstoreu(scores + j * chunk_tokens + i, shown);
           },
-          Pace<2>{ahead});
+          Fetch{ahead});
     };
     const Index first_end = std::min(keys, panel + lanes<T>);
     score(std::integral_constant<int, 0>{}, 0, first_end);
@@ -139,36 +149,36 @@ void chunk_scores(const LaneRows<T>& query, const PaddedRows<T>& key, Index keys
   });
 }
 
-/// out_i = query_i state + sum_{j <= i} scores[j][i] value_j, or `add` that to out_i. The first `keys` queries have a
-/// key and value beside them in the chunk.
-template <class T>
-void chunk_attend(const LaneRows<T>& query, const T* state, const T* scores, const PaddedRows<T>& value, Index keys,
-                  const PaddedRows<T>& out, bool add, Lookahead& ahead) {
+/// out_i = query_i state + sum_{j <= i} scores[j][i] value_j for `count` queries, or `add` that to out_i. The first
+/// `keys` queries have a key and value beside them in the chunk.
+template <class T, class Rows>
+void chunk_attend(const Rows& query, Index count, const T* state, const T* scores, const PaddedRows<T>& value,
+                  Index keys, const PaddedRows<T>& out, bool add, Lookahead& ahead) {
   for_each_panel<T>(out.stride, [&](auto vectors, Index column) {
     constexpr int width = decltype(vectors)::value;
-    for_each_tile<width>(query.count, [&](auto tile, Index first) {
-      constexpr int count = decltype(tile)::value;
-      Packet<T> c[count][width];
-      NEARFAR_UNROLL for (int r = 0; r < count; ++r) {
+    for_each_tile<width>(count, [&](auto tile, Index first) {
+      constexpr int rows = decltype(tile)::value;
+      Packet<T> c[rows][width];
+      NEARFAR_UNROLL for (int r = 0; r < rows; ++r) {
         NEARFAR_UNROLL for (int v = 0; v < width; ++v) {
           c[r][v] = add ? ploadu<Packet<T>>(out.row(first + r) + column + v * lanes<T>) : pset1<Packet<T>>(T(0));
         }
       }
-      multiply_add(c, query.from(first), state + column, out.stride, query.dim, Pace<2>{ahead});
+      multiply_add(c, query.from(first), state + column, out.stride, query.dim, Fetch{ahead});
       // Keys before the tile are seen by all of its queries, those beside it by the queries from their own on.
       multiply_add(c, Broadcast<T>{scores + first, 1, chunk_tokens}, value.data + column, value.stride,
                    std::min(first, keys));
-      NEARFAR_UNROLL for (int j = 0; j < count; ++j) {
+      NEARFAR_UNROLL for (int j = 0; j < rows; ++j) {
         if (first + j >= keys) break;
         const T* score = scores + (first + j) * chunk_tokens + first;
-        NEARFAR_UNROLL for (int r = j; r < count; ++r) {
+        NEARFAR_UNROLL for (int r = j; r < rows; ++r) {
           NEARFAR_UNROLL for (int v = 0; v < width; ++v) {
             const Packet<T> entries = ploadu<Packet<T>>(value.row(first + j) + column + v * lanes<T>);
             c[r][v] = pmadd(pset1<Packet<T>>(score[r]), entries, c[r][v]);
           }
         }
       }
-      NEARFAR_UNROLL for (int r = 0; r < count; ++r) {
+      NEARFAR_UNROLL for (int r = 0; r < rows; ++r) {
         NEARFAR_UNROLL for (int v = 0; v < width; ++v) pstoreu(out.row(first + r) + column + v * lanes<T>, c[r][v]);
       }
     });

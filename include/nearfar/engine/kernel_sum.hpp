@@ -119,6 +119,12 @@ class KernelSum {
     return token_rows(tokens, s.key_begin, s.key_count, col, reversed);
   }
 
+  /// How the first map's rows are written to tokens of `dim` features a head; those of the others are added.
+  Writes first_writes(const Tokens<T>& tokens, Index dim, bool add) const {
+    if (add) return Writes::added;
+    return maps() == 1 && past_caches(tokens, dim) ? Writes::past_caches : Writes::anew;
+  }
+
   void forward_segment(const Forward& call, const ScanStep<T>& step, Scratch& scratch) const;
   void query_gradient_segment(const Backward& call, Tokens<T> grad_row_sum, const ScanStep<T>& step,
                               Scratch& scratch) const;
@@ -170,6 +176,7 @@ void KernelSum<T>::forward_segment(const Forward& call, const ScanStep<T>& step,
   TokenTile<T> query(scratch, dim()), key(scratch, dim()), value(scratch, value_dim()), out(scratch, value_dim());
   T* scores = scratch.take<T>(chunk_tokens * chunk_tokens);
   T* normalizer = scratch.take<T>(chunk_tokens);
+  const Writes writes = first_writes(call.out, value_dim(), call.add);
   Lookahead ahead;
   const auto announce = [&](const Chunk& next, Index g) {
     ahead.clear();
@@ -177,6 +184,7 @@ void KernelSum<T>::forward_segment(const Forward& call, const ScanStep<T>& step,
     keys_of_head(g).from(next.key).announce(ahead, next.keys, dim());
     if (step.sums_only) return;
     queries_of_head(g * heads.group()).from(next.query).announce(ahead, next.queries, heads.group() * dim());
+    if (writes == Writes::past_caches) return;
     out_of_head(g * heads.group()).from(next.query).announce(ahead, next.queries, heads.group() * value_dim());
   };
   step.for_each_chunk(announce, [&](const Chunk& chunk, Index g) {
@@ -187,10 +195,9 @@ void KernelSum<T>::forward_segment(const Forward& call, const ScanStep<T>& step,
       key.load(keys_of_head(g).from(chunk.key), chunk.keys, visible.from(chunk.key), map(r), normalize_features);
       for (Index h = g * heads.group(); h < (g + 1) * heads.group() && !step.sums_only; ++h) {
         query.load(queries_of_head(h).from(chunk.query), chunk.queries, {}, map(r), normalize_features);
-        const LaneRows<T>& on_lanes = query.on_lanes(chunk.queries);
-        past_row_sums(on_lanes, key_sum.running, normalizer);
-        chunk_scores(on_lanes, key, chunk.keys, scores, normalizer, ahead);
-        chunk_attend(on_lanes, state.running, scores, value, chunk.keys, out, false, ahead);
+        dot_rows(query, {key_sum.running, dim(), 0}, chunk.queries, normalizer);
+        attend_chunk<T>(query, chunk.queries, state.running, key, value, chunk.keys, scores, normalizer, out, false,
+                        ahead);
         for (Index i = 0; i < chunk.queries; ++i) {
           normalizer[i] = inverse_of(normalizer[i], s.key_count);
           if (call.weights.rows() > 0) out.features(i) *= weight(call.weights, r, h);
@@ -198,12 +205,13 @@ void KernelSum<T>::forward_segment(const Forward& call, const ScanStep<T>& step,
             (*call.inverse_normalizer)(s.query_begin + chunk.query + i, r * heads.query + h) = normalizer[i];
           }
         }
-        out.store(out_of_head(h).from(chunk.query), chunk.queries, normalizer, call.add || r > 0);
+        out.store(out_of_head(h).from(chunk.query), chunk.queries, normalizer, r == 0 ? writes : Writes::added);
       }
       state.add_products(key, value, chunk.keys, ahead);
       key_sum.add_rows(key, nullptr, chunk.keys);
     }
   });
+  if (writes == Writes::past_caches) order_stores();
 }
 
 }  // namespace detail

@@ -66,6 +66,7 @@ void KernelSum<T>::query_gradient_segment(const Backward& call, Tokens<T> grad_r
   T* scores = scratch.take<T>(chunk_tokens * chunk_tokens);
   T* key_prefix = scratch.take<T>(padded_dim());
   T* row_sum = scratch.take<T>(chunk_tokens);
+  const Writes writes = first_writes(call.grad.query, dim(), call.add);
   Lookahead ahead;
   const auto announce = [&](const Chunk& next, Index g) {
     ahead.clear();
@@ -74,6 +75,7 @@ void KernelSum<T>::query_gradient_segment(const Backward& call, Tokens<T> grad_r
     if (step.sums_only) return;
     queries_of_head(g * heads.group()).from(next.query).announce(ahead, next.queries, heads.group() * dim());
     grad_out_of_head(g * heads.group()).from(next.query).announce(ahead, next.queries, heads.group() * value_dim());
+    if (writes == Writes::past_caches) return;
     grad_query_of_head(g * heads.group()).from(next.query).announce(ahead, next.queries, heads.group() * dim());
   };
   step.for_each_chunk(announce, [&](const Chunk& chunk, Index g) {
@@ -91,25 +93,26 @@ void KernelSum<T>::query_gradient_segment(const Backward& call, Tokens<T> grad_r
           grad_out.features(i) *= call.inverse_normalizer(first + i, normalizer);
           if (call.weights.rows() > 0) grad_out.features(i) *= weight(call.weights, r, h);
         }
-        const LaneRows<T>& on_lanes = grad_out.on_lanes(chunk.queries);
-        chunk_scores<T>(on_lanes, value, chunk.keys, scores, nullptr, ahead);
-        chunk_attend(on_lanes, state.running, scores, key, chunk.keys, grad_query, false, ahead);
+        attend_chunk<T>(grad_out, chunk.queries, state.running, value, key, chunk.keys, scores, nullptr, grad_query,
+                        false, ahead);
         if (eps) {
+          dot_rows(query, grad_query, chunk.queries, row_sum);
           for (Index i = 0; i < chunk.queries; ++i) {
-            row_sum[i] =
-                -call.inverse_normalizer(first + i, normalizer) * (query.features(i) * grad_query.features(i)).sum();
+            row_sum[i] *= -call.inverse_normalizer(first + i, normalizer);
             grad_row_sum(first + i, normalizer) = row_sum[i];
           }
           std::copy_n(key_sum.running, key.stride, key_prefix);
           chunk_add_prefix_sums<T>(key_prefix, key, nullptr, chunk.keys, row_sum, grad_query, chunk.queries);
         }
         query.chain(queries_of_head(h).from(chunk.query), chunk.queries, map(r), normalize_features, grad_query);
-        grad_query.store(grad_query_of_head(h).from(chunk.query), chunk.queries, nullptr, call.add || r > 0);
+        grad_query.store(grad_query_of_head(h).from(chunk.query), chunk.queries, nullptr,
+                         r == 0 ? writes : Writes::added);
       }
       state.add_products(value, key, chunk.keys, ahead);
       key_sum.add_rows(key, nullptr, chunk.keys);
     }
   });
+  if (writes == Writes::past_caches) order_stores();
 }
 
 template <class T>
@@ -132,6 +135,10 @@ void KernelSum<T>::key_gradient_segment(const Backward& call, Tokens<T> grad_row
   T* query_prefix = scratch.take<T>(query.stride);
   T* row_sum = scratch.take<T>(chunk_tokens);
   std::fill_n(state_transposed, value_dim() * query.stride, T(0));
+  const Writes key_writes = first_writes(call.grad.key, dim(), call.add);
+  const Writes value_writes = call.add                                    ? Writes::added
+                              : past_caches(call.grad.value, value_dim()) ? Writes::past_caches
+                                                                          : Writes::anew;
   Lookahead ahead;
   // In this scan keys take the part of queries and queries that of keys.
   const auto announce = [&](const Chunk& next, Index g) {
@@ -141,7 +148,8 @@ void KernelSum<T>::key_gradient_segment(const Backward& call, Tokens<T> grad_row
     if (step.sums_only) return;
     values_of_head(g).from(next.query).announce(ahead, next.queries, value_dim());
     keys_of_head(g).from(next.query).announce(ahead, next.queries, dim());
-    grad_key_of_head(g).from(next.query).announce(ahead, next.queries, dim());
+    if (key_writes != Writes::past_caches) grad_key_of_head(g).from(next.query).announce(ahead, next.queries, dim());
+    if (value_writes == Writes::past_caches) return;
     grad_value_of_head(g).from(next.query).announce(ahead, next.queries, value_dim());
   };
   step.for_each_chunk(announce, [&](const Chunk& chunk, Index g) {
@@ -149,12 +157,10 @@ void KernelSum<T>::key_gradient_segment(const Backward& call, Tokens<T> grad_row
     const Index queries = chunk.keys;
     const Index last_query = s.query_begin + s.query_count - 1 - chunk.key;
     const VisibleKeys shown = visible.from(chunk.query);
+    const bool weighted = call.weights.rows() > 0;
     value.load(values_of_head(g).from(chunk.query), keys, shown);
-    grad_value.clear();
     for (Index r = 0; r < maps(); ++r) {
       key.load(keys_of_head(g).from(chunk.query), keys, shown, map(r), normalize_features);
-      const LaneRows<T>& keys_on_lanes = key.on_lanes(keys);
-      grad_key.clear();
       for (Index h = g * heads.group(); h < (g + 1) * heads.group(); ++h) {
         const Index place = (h - step.heads.first * heads.group()) * maps() + r;
         const RunningSums<T> state = step.sums.from(place * weighted_map_size());
@@ -167,28 +173,31 @@ void KernelSum<T>::key_gradient_segment(const Backward& call, Tokens<T> grad_row
           row_sum[i] = eps ? grad_row_sum(last_query - i, r * heads.query + h) : T(0);
         }
         if (!step.sums_only) {
-          const LaneRows<T>& values_on_lanes = value.on_lanes(keys);
-          for (Index c = 0; c < value_dim() && call.weights.rows() > 0; ++c) {
-            Eigen::Map<Eigen::Array<T, chunk_tokens, 1>>(values_on_lanes.data + c * chunk_tokens) *=
-                weight(call.weights, r, h)(c);
+          const bool first_head = h == g * heads.group(), first = first_head && r == 0;
+          for (Index j = 0; j < keys && weighted; ++j) {
+            of_head.features(j) = weight(call.weights, r, h) * value.features(j);
           }
+          TokenTile<T>& values = weighted ? of_head : value;
           transpose(state.running, value.stride, dim(), value_dim(), T(1), state_transposed, query.stride);
-          chunk_scores<T>(values_on_lanes, grad_out, queries, scores, nullptr, ahead);
-          chunk_attend<T>(values_on_lanes, state_transposed, scores, query, queries, grad_key, true, ahead);
+          attend_chunk<T>(values, keys, state_transposed, grad_out, query, queries, scores, nullptr, grad_key,
+                          !first_head, ahead);
           std::copy_n(query_sum.running, query.stride, query_prefix);
           chunk_add_prefix_sums<T>(query_prefix, query, row_sum, queries, nullptr, grad_key, keys);
 
-          chunk_scores<T>(keys_on_lanes, query, queries, scores, nullptr, ahead);
-          chunk_attend<T>(keys_on_lanes, state.running, scores, grad_out, queries, of_head, false, ahead);
-          for (Index j = 0; j < keys; ++j) {
-            if (call.weights.rows() == 0) {
-              grad_value.features(j) += of_head.features(j);
-            } else {
+          const auto find_grad_value = [&](const TokenTile<T>& to, bool add) {
+            attend_chunk<T>(key, keys, state.running, query, grad_out, queries, scores, nullptr, to, add, ahead);
+          };
+          if (!weighted) {
+            find_grad_value(grad_value, !first);
+          } else {
+            find_grad_value(of_head, false);
+            if (first) grad_value.clear();
+            for (Index j = 0; j < keys; ++j) {
               grad_value.features(j) += weight(call.weights, r, h) * of_head.features(j);
               of_head.features(j) *= value.features(j);
             }
+            weight_sum.add_rows(of_head, nullptr, keys);
           }
-          if (call.weights.rows() > 0) weight_sum.add_rows(of_head, nullptr, keys);
         }
         state.add_products(query, grad_out, queries, ahead);
         query_sum.add_rows(query, row_sum, queries);
@@ -196,12 +205,13 @@ void KernelSum<T>::key_gradient_segment(const Backward& call, Tokens<T> grad_row
       if (step.sums_only) continue;
       key.chain(keys_of_head(g).from(chunk.query), keys, map(r), normalize_features, grad_key);
       grad_key.hide(keys, shown);
-      grad_key.store(grad_key_of_head(g).from(chunk.query), keys, nullptr, call.add || r > 0);
+      grad_key.store(grad_key_of_head(g).from(chunk.query), keys, nullptr, r == 0 ? key_writes : Writes::added);
     }
     if (step.sums_only) return;
     grad_value.hide(keys, shown);
-    grad_value.store(grad_value_of_head(g).from(chunk.query), keys, nullptr, call.add);
+    grad_value.store(grad_value_of_head(g).from(chunk.query), keys, nullptr, value_writes);
   });
+  if (key_writes == Writes::past_caches || value_writes == Writes::past_caches) order_stores();
 }
 
 }  // namespace detail

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <nearfar/detail/stores.hpp>
 #include <nearfar/engine/softmax_pooling_backward.hpp>
 
 namespace nearfar {

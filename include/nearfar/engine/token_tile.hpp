@@ -1,6 +1,7 @@
 #pragma once
 
 #include <nearfar/detail/scratch.hpp>
+#include <nearfar/detail/stores.hpp>
 #include <nearfar/engine/chunked_state.hpp>
 #include <nearfar/feature_map.hpp>
 #include <nearfar/mask.hpp>
@@ -53,6 +54,9 @@ struct VisibleKeys {
 
   bool operator()(Index i) const { return mask == nullptr || mask[i * step] != 0; }
 };
+
+/// How rows are written.
+enum class Writes { anew, past_caches, added };
 
 /// Up to chunk_tokens rows of one head, taken out of wherever they lie: rows that lie far apart would crowd into a
 /// fraction of the cache sets.
@@ -125,14 +129,22 @@ class TokenTile : public PaddedRows<T> {
   }
 
   /// Writes the rows, each times its scale unless that is null, to `to`, or adds them to what is there.
-  void store(TokenRows<T> to, Index count, const T* scale, bool add) const {
-    for (Index i = 0; i < count; ++i) {
-      const T factor = scale == nullptr ? T(1) : scale[i];
-      for_each_packet<T>(dim, [source = row(i), target = to.row(i), factor, add](auto by, Index c) {
-        using V = typename decltype(by)::template Of<T>;
-        const V scaled = pmul(ploadu<V>(source + c), pset1<V>(factor));
-        pstoreu(target + c, add ? padd(ploadu<V>(target + c), scaled) : scaled);
-      });
+  void store(TokenRows<T> to, Index count, const T* scale, Writes writes) const {
+    const auto store_rows = [&](auto&& take) {
+      for (Index i = 0; i < count; ++i) {
+        const T factor = scale == nullptr ? T(1) : scale[i];
+        for_each_packet<T>(dim, [&, source = row(i), target = to.row(i)](auto by, Index c) {
+          using V = typename decltype(by)::template Of<T>;
+          take(target + c, V(pmul(ploadu<V>(source + c), pset1<V>(factor))));
+        });
+      }
+    };
+    if (writes == Writes::past_caches) {
+      store_rows(PastCaches{});
+    } else if (writes == Writes::anew) {
+      store_rows(Keep{});
+    } else {
+      store_rows([]<class V>(T* target, const V& numbers) { pstoreu(target, padd(ploadu<V>(target), numbers)); });
     }
   }
 
@@ -140,6 +152,22 @@ class TokenTile : public PaddedRows<T> {
   LaneRows<T> lanes_;
   T* share_;
 };
+
+/// Attention of the first `count` rows of a tile to the state of all earlier keys and to the first `keys` keys beside
+/// them in the chunk: chunk_scores, for which the queries must lie on the lanes, and chunk_attend, which may then as
+/// well take them from there.
+template <class T>
+void attend_chunk(TokenTile<T>& query, Index count, const T* state, const PaddedRows<T>& key,
+                  const PaddedRows<T>& value, Index keys, T* scores, T* row_sum, const PaddedRows<T>& out, bool add,
+                  Lookahead& ahead) {
+  if (keys == 0) {
+    chunk_attend<T>(query, count, state, scores, value, keys, out, add, ahead);
+  } else {
+    const LaneRows<T>& on_lanes = query.on_lanes(count);
+    chunk_scores(on_lanes, key, keys, scores, row_sum, ahead);
+    chunk_attend<T>(on_lanes, count, state, scores, value, keys, out, add, ahead);
+  }
+}
 
 }  // namespace detail
 }  // namespace NEARFAR_VERSION_NAMESPACE

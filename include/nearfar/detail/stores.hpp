@@ -1,0 +1,81 @@
+#pragma once
+
+#include <nearfar/detail/simd.hpp>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace nearfar {
+inline namespace NEARFAR_VERSION_NAMESPACE {
+namespace detail {
+
+/// Stores a vector past the caches, where an ordinary store first reads the line that it is going to fill: only for
+/// what is larger than the caches, and not read soon. `to` must be aligned to the vector; other threads may read it
+/// after order_stores().
+template <class P, class T>
+NEARFAR_INLINE void store_past_caches(T* to, const P& vector) {
+#if defined(__clang__)
+  __builtin_nontemporal_store(vector, reinterpret_cast<P*>(to));
+#elif defined(__GNUC__) && defined(__SSE2__)
+  // g++ has a builtin for each instruction set, and none for all: every one of x86 has the store of 16 bytes.
+  __m128i parts[sizeof(P) / 16];
+  pstoreu(reinterpret_cast<T*>(parts), vector);
+  for (std::size_t i = 0; i < sizeof(P) / 16; ++i) _mm_stream_si128(reinterpret_cast<__m128i*>(to) + i, parts[i]);
+#else
+  pstoreu(to, vector);
+#endif
+}
+
+/// Puts stores past the caches, which x86 leaves in no order, before all stores that follow.
+NEARFAR_INLINE void order_stores() {
+#if defined(__SSE__)
+  _mm_sfence();
+#endif
+}
+
+/// What takes vectors, or numbers, to a row that will be read soon.
+struct Keep {
+  template <class P, class T>
+  NEARFAR_INLINE void operator()(T* to, const P& numbers) const {
+    pstoreu(to, numbers);
+  }
+};
+
+/// And to a row that will not be, of a matrix too large for a cache.
+struct PastCaches {
+  template <class P, class T>
+  NEARFAR_INLINE void operator()(T* to, const P& numbers) const {
+    if constexpr (sizeof(P) > sizeof(T)) {
+      store_past_caches(to, numbers);
+    } else {
+      pstoreu(to, numbers);
+    }
+  }
+};
+
+/// Whether rows of heads of `dim` are best stored past the caches: they would flush them, and each head is whole
+/// vectors, which such stores must be aligned to.
+template <class T>
+bool past_caches(const Tokens<T>& rows, Index dim) {
+  // More than a call can hope to leave in a cache for the next.
+  constexpr Index cache_bytes = Index{32} << 20;
+  constexpr auto vector = Index{sizeof(Packet<T>)};
+  return rows.rows() * rows.cols() * Index{sizeof(T)} >= cache_bytes &&
+         reinterpret_cast<std::uintptr_t>(rows.data()) % vector == 0 &&
+         rows.stride() * Index{sizeof(T)} % vector == 0 && dim * Index{sizeof(T)} % vector == 0;
+}
+
+/// Calls visit(store) with what stores rows of heads of `dim`.
+template <class T, class Visit>
+void with_store(const Tokens<T>& rows, Index dim, Visit&& visit) {
+  if (past_caches(rows, dim)) {
+    visit(PastCaches{});
+    order_stores();
+  } else {
+    visit(Keep{});
+  }
+}
+
+}  // namespace detail
+}  // namespace NEARFAR_VERSION_NAMESPACE
+}  // namespace nearfar
