@@ -8,6 +8,7 @@
 #include "support/sample.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 
 // Where one mechanism's options make it another.
@@ -25,6 +26,15 @@ Sample<double> masked_sample(Index n) {
 
 Matrix<double> softmax(const Sample<double>& sample, bool causal) {
   return run_forward(Softmax<double>(heads, {.causal = causal}), sample);
+}
+
+/// Rows whose heads have `to` features instead of `from`: the last ones left out, or zeros behind them.
+template <class T>
+Matrix<T> with_dim(const Matrix<T>& rows, Index from, Index to) {
+  const Index count = rows.cols() / from, shared = std::min(from, to);
+  Matrix<T> result = Matrix<T>::Zero(rows.rows(), count * to);
+  for (Index h = 0; h < count; ++h) result.middleCols(h * to, shared) = rows.middleCols(h * from, shared);
+  return result;
 }
 
 class Relations : public ::testing::TestWithParam<bool> {};
@@ -63,6 +73,35 @@ TEST_P(Relations, BandedSavesTheLogSumExpOfEachQueryOfANarrowWindow) {
       }
     }
     EXPECT_TRUE(close(saved.log_sum_exp, expected, 1e-6)) << n;
+  }
+}
+
+// Heads of whole vectors have a way of their own back through narrow windows too, which those with a feature less do
+// not take.
+TEST_P(Relations, BandedGoesBackThroughANarrowWindowAsThroughAnyOther) {
+  constexpr Index dim = 16, fewer = 15;
+  const Heads whole{.query = 4, .key_value = 2, .dim = dim}, others{.query = 4, .key_value = 2, .dim = fewer};
+  for (const Window window : {Window{0, 0}, Window{1, 0}, Window{0, 3}, Window{4, 4}, Window{29, 29}, Window{3, 50}}) {
+    const BandedOptions options{.window = window, .causal = GetParam(), .scale = 0.3};
+    for (const Index n : {1, 5, 64, 131}) {
+      auto first = random_sample<float>(others, n, 3), second = random_sample<float>(others, 70, 4);
+      first.key_mask = Random(5).mask(n, 0.3);
+      const std::array<Sample<float>, 2> both{first, second};
+      auto sample = pack<float>(both);
+      poison_masked_keys(sample);
+      const auto grad_out = Random(6).matrix<float>(sample.query.rows(), others.out_cols());
+      auto wider = sample;
+      for (auto* rows : {&wider.query, &wider.key, &wider.value}) *rows = with_dim<float>(*rows, fewer, dim);
+      const auto expected = run_backward(Banded<float>(others, options), sample, grad_out);
+      const auto found = run_backward(Banded<float>(whole, options), wider, with_dim<float>(grad_out, fewer, dim));
+      const auto expect_same = [&](const Matrix<float>& found_rows, const Matrix<float>& expected_rows) {
+        EXPECT_TRUE(close(with_dim<float>(found_rows, dim, fewer), expected_rows, 2e-5))
+            << n << " tokens, window " << window.left << ", " << window.right;
+      };
+      expect_same(found.query, expected.query);
+      expect_same(found.key, expected.key);
+      expect_same(found.value, expected.value);
+    }
   }
 }
 

@@ -1,8 +1,10 @@
 #pragma once
 
 #include <nearfar/detail/lookahead.hpp>
+#include <nearfar/detail/stores.hpp>
 #include <nearfar/detail/tiles.hpp>
 #include <nearfar/engine/microkernel.hpp>
+#include <nearfar/engine/row_products.hpp>
 #include <nearfar/online_softmax.hpp>
 
 #include <algorithm>
@@ -27,19 +29,12 @@ class NarrowWindow {
  public:
   using T = Accumulator<Scalar>;
 
-  /// The most keys in a window that is narrow in this sense.
-  static constexpr Index most = 64;
-
   /// Where `factors` (heads.query x value_dim) has rows, the features of out are multiplied by it.
   NarrowWindow(const Heads& heads, Window window, double scale, const Inputs<Scalar>& inputs, Tokens<const T> factors)
       : heads_(heads), window_(window), scale_(T(scale) * log2_e<T>), inputs_(inputs), factors_(factors) {}
 
   /// Whether the window is narrow, and heads are whole vectors.
-  bool suits() const {
-    return std::is_same_v<Scalar, T> && lanes<T> % queries_at_once == 0 && heads_.dim % lanes<T> == 0 &&
-           heads_.value_width() % lanes<T> == 0 && window_.left < most && window_.right < most &&
-           window_.left + window_.right < most;
-  }
+  bool suits() const { return std::is_same_v<Scalar, T> && meets_by_rows<T>(heads_, window_); }
 
   void attend(Work& work, Tokens<Scalar> out, double* log_sum_exp) const {
     const Tiles tiles(work, inputs_, queries_a_tile);
@@ -54,24 +49,21 @@ class NarrowWindow {
       }
       Ahead ahead = look_ahead(rows, tile, out);
       T* weights = scratch.take<T>(room);
-      for (Index h = 0; h < heads_.query; ++h) {
-        for (Index i = 0; i < tile.count; i += queries_at_once) {
-          const Queries queries{rows.query_begin + tile.first + i, std::min(queries_at_once, tile.count - i)};
-          attend(queries, bounds[i / queries_at_once], keys, h, weights, ahead, out, log_sum_exp);
+      with_store(out, heads_.value_width(), [&](auto store) {
+        for (Index h = 0; h < heads_.query; ++h) {
+          for (Index i = 0; i < tile.count; i += queries_at_once) {
+            const Queries queries{rows.query_begin + tile.first + i, std::min(queries_at_once, tile.count - i)};
+            attend(queries, bounds[i / queries_at_once], keys, h, weights, ahead, out, store, log_sum_exp);
+          }
         }
-      }
+      });
     });
   }
 
  private:
   static constexpr Index queries_a_tile = 64;
-  static constexpr Index queries_at_once = 4;
-  static constexpr Index keys_at_once = vector_registers >= 32 ? 4 : 2;
-  static constexpr Index scores_at_once = queries_at_once * keys_at_once;
-  static constexpr Index packets_at_once = (scores_at_once + lanes<T> - 1) / lanes<T>;
-  static constexpr int value_vectors = vector_registers >= 32 ? 4 : 2;
   // Scores of the keys that four queries see, filled up to as many as are weighed at once.
-  static constexpr Index room = round_up(queries_at_once * (most + 2 * queries_at_once), 4 * lanes<T>);
+  static constexpr Index room = round_up(queries_at_once * (narrow_window + 2 * queries_at_once), 4 * lanes<T>);
 
   struct Queries {
     Index first;
@@ -81,7 +73,7 @@ class NarrowWindow {
   /// The keys of a tile, and their values, head by head. Places are counted from the first key that the tile
   /// sees; that of each key stands four times, so that places compare with scores kept as [key][query].
   struct Keys {
-    static constexpr Index capacity = queries_a_tile + most;
+    static constexpr Index capacity = queries_a_tile + narrow_window;
 
     Keys(const Heads& heads, Scratch& scratch)
         : key(scratch.take<T>(capacity * heads.key_cols())),
@@ -124,7 +116,7 @@ class NarrowWindow {
       ++keys.count;
     }
     // No query sees the places after the last key, which complete a group of keys_at_once.
-    std::fill_n(keys.place + keys.count * queries_at_once, scores_at_once, infinity<T>);
+    std::fill_n(keys.place + keys.count * queries_at_once, products_at_once, infinity<T>);
   }
 
   void copy_heads(const Scalar* row, Index width, T* to) const {
@@ -162,14 +154,15 @@ class NarrowWindow {
     add(inputs_.key, rows.key_begin + keys.first, keys.count());
     add(inputs_.value, rows.key_begin + keys.first, keys.count());
     add(inputs_.query, rows.query_begin + last, next);
-    add(out, rows.query_begin + last, next);
+    if (!past_caches(out, heads_.value_width())) add(out, rows.query_begin + last, next);
     const Index seen = window_.left + window_.right + 1;
-    ahead.steps = ahead.rows.steps_at_a_time(tile.count * heads_.query * seen / scores_at_once);
+    ahead.steps = ahead.rows.steps_at_a_time(tile.count * heads_.query * seen / products_at_once);
     return ahead;
   }
 
+  template <class Store>
   void attend(Queries queries, const Bounds& bounds, const Keys& keys, Index head, T* weights, Ahead& ahead,
-              Tokens<Scalar> out, double* log_sum_exp) const {
+              Tokens<Scalar> out, Store&& store, double* log_sum_exp) const {
     const Index width = heads_.value_width();
     const Index first = head / heads_.group() * Keys::capacity + bounds.keys.first;
     const Index count = bounds.keys.count();
@@ -181,7 +174,8 @@ class NarrowWindow {
     const Packet<T> max = score(query, keys.key + first * heads_.dim, bounds, keys, weights, ahead);
     const Packet<T> sum = weigh(weights, count, max);
 
-    T maxima[lanes<T>], sums[lanes<T>];
+    constexpr Index several = std::max<Index>(lanes<T>, queries_at_once);
+    T maxima[several], sums[several];
     pstoreu(maxima, max);
     pstoreu(sums, sum);
     T inverse[queries_at_once];
@@ -193,7 +187,7 @@ class NarrowWindow {
         log_sum_exp[head * inputs_.query.rows() + row(q)] = natural_log_sum_exp(maxima[q], sums[q]);
       }
     }
-    const auto multiply_values = [&](auto vectors, Index c) {
+    for_each_feature_block<T>(width, [&](auto vectors, Index c) {
       multiply<decltype(vectors)::value>(
           Broadcast<T>{weights, 1, queries_at_once}, queries_at_once, keys.value + first * width + c, width, count,
           [](Index, int) { return pset1<Packet<T>>(T(0)); },
@@ -202,14 +196,9 @@ class NarrowWindow {
             const Index column = c + v * lanes<T>;
             Packet<T> result = pmul(value, pset1<Packet<T>>(inverse[q]));
             if (factors_.rows() != 0) result = pmul(result, ploadu<Packet<T>>(factors_.row(head) + column));
-            pstoreu(out.row(row(q)) + head * width + column, result);
+            store(out.row(row(q)) + head * width + column, result);
           });
-    };
-    Index c = 0;
-    for (; c + value_vectors * lanes<T> <= width; c += value_vectors * lanes<T>) {
-      multiply_values(std::integral_constant<int, value_vectors>{}, c);
-    }
-    for (; c < width; c += lanes<T>) multiply_values(std::integral_constant<int, 1>{}, c);
+    });
   }
 
   // Scores as [key][query], -infinity where a query does not see a key; and their maxima, that of query q in all lanes
@@ -225,11 +214,11 @@ class NarrowWindow {
     for (Index j = 0; j < count; j += keys_at_once) {
       const T* key[keys_at_once];
       for (Index k = 0; k < keys_at_once; ++k) key[k] = keys + std::min(j + k, count - 1) * heads_.dim;
-      Packet<T> sums[packets_at_once];
-      multiply_rows(query, key, sums);
+      Packet<T> sums[product_packets<T>];
+      multiply_rows<T>(query, key, heads_.dim, sums);
       for (Index s = 0; s < ahead.steps; ++s) ahead.rows.step();
       const T* place = tile.place + (bounds.keys.first + j) * queries_at_once;
-      NEARFAR_UNROLL for (Index p = 0; p < packets_at_once; ++p) {
+      NEARFAR_UNROLL for (Index p = 0; p < product_packets<T>; ++p) {
         const Packet<T> at = ploadu<Packet<T>>(place + p * lanes<T>);
         const Packet<T> before_end = pselect(pcmp_lt(at, end), pmul(sums[p], scale), hidden);
         const Packet<T> score = pselect(pcmp_lt(at, from), hidden, before_end);
@@ -238,24 +227,6 @@ class NarrowWindow {
       }
     }
     return fold_across<queries_at_once>(largest, [](const auto& a, const auto& b) { return pmax(a, b); });
-  }
-
-  // The products of four queries with some keys, [key][query]: each summed over the lanes of its accumulator.
-  void multiply_rows(const Scalar* const (&query)[queries_at_once], const T* const (&key)[keys_at_once],
-                     Packet<T> (&sums)[packets_at_once]) const {
-    Packet<T> product[scores_at_once];
-    NEARFAR_UNROLL for (Index s = 0; s < scores_at_once; ++s) product[s] = pset1<Packet<T>>(T(0));
-    for (Index c = 0; c < heads_.dim; c += lanes<T>) {
-      Packet<T> q[queries_at_once];
-      NEARFAR_UNROLL for (Index i = 0; i < queries_at_once; ++i) q[i] = load_once<Packet<T>>(query[i] + c);
-      NEARFAR_UNROLL for (Index k = 0; k < keys_at_once; ++k) {
-        const Packet<T> features = load_once<Packet<T>>(key[k] + c);
-        NEARFAR_UNROLL for (Index i = 0; i < queries_at_once; ++i) {
-          product[k * queries_at_once + i] = pmadd(q[i], features, product[k * queries_at_once + i]);
-        }
-      }
-    }
-    NEARFAR_UNROLL for (Index p = 0; p < packets_at_once; ++p) sums[p] = sum_lanes(product + p * lanes<T>);
   }
 
   // Replaces count x 4 scores by weights 2^(score - max), and gives their sums, as `score` gives the maxima.

@@ -1,0 +1,320 @@
+#pragma once
+
+#include <nearfar/detail/lookahead.hpp>
+#include <nearfar/detail/stores.hpp>
+#include <nearfar/detail/tiles.hpp>
+#include <nearfar/engine/microkernel.hpp>
+#include <nearfar/engine/row_products.hpp>
+#include <nearfar/online_softmax.hpp>
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+namespace nearfar {
+inline namespace NEARFAR_VERSION_NAMESPACE {
+namespace detail {
+
+/// The backward pass of attention through a window of few keys, from the saved log-sum-exp L and delta:
+///
+///   p_ij = 2^(s_ij - L_i)          ds_ij = p_ij (grad_out_i . v_j - delta_i)
+///   grad_q_i = scale sum_j ds_ij k_j      grad_k_j = scale sum_i ds_ij q_i      grad_v_j = sum_i p_ij grad_out_i
+///
+/// A task owns a tile of tokens, their queries and their keys. It takes p and ds of all pairs that one of these is part
+/// of: those across the edge of a tile are taken by both neighbours, and no gradient is summed across tasks. Queries
+/// and keys meet in blocks of 4 x 4, rows as they stand and kept as [key][query], as in NarrowWindow.
+template <class Scalar>
+class NarrowGradient {
+ public:
+  using T = Accumulator<Scalar>;
+
+  NarrowGradient(const Heads& heads, Window window, double scale, const Inputs<Scalar>& inputs,
+                 const double* log_sum_exp, Tokens<const Scalar> grad_out, const T* delta,
+                 const InputGradients<Scalar>& gradients)
+      : heads_(heads),
+        window_(window),
+        scale_(T(scale)),
+        inputs_(inputs),
+        log_sum_exp_(log_sum_exp),
+        grad_out_(grad_out),
+        delta_(delta),
+        gradients_(gradients) {}
+
+  /// Whether the window is narrow, heads are whole vectors, and each token has a query and a key.
+  bool suits() const {
+    for (Index b = 0; b < sequence_count(inputs_); ++b) {
+      const Sequence rows = sequence(inputs_, b);
+      if (rows.query_count != rows.key_count) return false;
+    }
+    return std::is_same_v<Scalar, T> && meets_by_rows<T>(heads_, window_);
+  }
+
+  void differentiate(Work& work) const {
+    const Tiles tiles(work, inputs_, tokens_a_tile);
+    const bool past = heads_.group() == 1 && past_caches(gradients_.query, heads_.dim) &&
+                      past_caches(gradients_.key, heads_.dim) && past_caches(gradients_.value, heads_.value_width());
+    work.for_each(tiles.count(), [&](Index task, Scratch& scratch) {
+      const Tile tile = tiles[task];
+      Pairs pairs(*this, sequence(inputs_, tile.sequence), tile, scratch);
+      hide(pairs);
+      look_ahead(pairs, past);
+      for (Index g = 0; g < heads_.key_value; ++g) {
+        past ? differentiate(g, pairs, PastCaches{}) : differentiate(g, pairs, Keep{});
+      }
+      if (past) order_stores();
+    });
+  }
+
+ private:
+  static constexpr Index tokens_a_tile = 64;
+  static constexpr Index edge = queries_at_once;  // of a block of pairs
+  static constexpr Index block = edge * edge;
+
+  /// The tokens of a tile and those before and behind that meet them, in groups of four: their rows of one head, zero
+  /// where no token is or may be seen, and p and ds of their pairs. Queries of group g meet the keys of the groups from
+  /// g + first to g + last.
+  struct Pairs {
+    Pairs(const NarrowGradient& of, const Sequence& of_rows, const Tile& of_tile, Scratch& scratch)
+        : rows(of_rows),
+          tile(of_tile),
+          first(-round_up(of.window_.left, edge) / edge),
+          last(round_up(of.window_.right, edge) / edge),
+          own{std::max(-first, last), std::max(-first, last) + round_up(tile.count, edge) / edge},
+          groups(own.first + own.end),
+          begin(tile.first - own.first * edge) {
+      const auto take = [&](Index width) { return scratch.take<T>(groups * edge * width); };
+      query = take(of.heads_.dim);
+      key = take(of.heads_.dim);
+      value = take(of.heads_.value_width());
+      grad_out = take(of.heads_.value_width());
+      p = take(edge * (last - first + 1));
+      ds = take(edge * (last - first + 1));
+      for (T** numbers : {&shift, &rest, &delta}) *numbers = scratch.take<T>(groups * lanes<T>);
+      hidden_keys = take(edge);
+      hidden = scratch.take<T>((last - first + 1) * block);
+    }
+
+    /// Where the pairs stand of a group of queries and one of keys.
+    Index at(Index queries, Index keys) const {
+      return (queries * (last - first + 1) + keys - queries - first) * block;
+    }
+
+    /// Whether a token is one of the sequence's, a group one of the tile's own.
+    bool holds(Index token) const { return 0 <= token && token < rows.query_count; }
+    bool owns(Index group) const { return own.first <= group && group < own.end; }
+
+    /// Those of these groups of keys that the queries of a group meet: a group that is not the tile's own meets its
+    /// own alone.
+    Range met_by(Index queries) const {
+      const Range met{queries + first, queries + last + 1};
+      if (owns(queries)) return met;
+      return {std::max(met.first, own.first), std::min(met.end, own.end)};
+    }
+
+    Sequence rows;
+    Tile tile;
+    Index first;
+    Index last;
+    Range own;
+    Index groups;
+    Index begin;  // the first token
+    T* query;
+    T* key;
+    T* value;
+    T* grad_out;
+    T* p;
+    T* ds;
+    T* shift;  // of each group of queries on the lanes, over and over: the log-sum-exp in units of log 2
+    T* rest;   // what the shift lost
+    T* delta;
+    T* hidden_keys;  // of each key, four times: -infinity if it may not be seen, else 0
+    T* hidden;       // of each pair of groups, by how far they are apart: likewise what the window hides
+    Lookahead ahead;
+    Index steps = 0;
+  };
+
+  template <class Store>
+  void differentiate(Index key_head, Pairs& pairs, Store&& store) const {
+    const Index dim = heads_.dim, value_dim = heads_.value_width();
+    const std::uint8_t* mask = key_mask(inputs_, pairs.rows);
+    const auto shown = [&](Index i) { return mask == nullptr || mask[i] != 0; };
+    const auto any = [](Index) { return true; };
+    load(inputs_.key, pairs.rows.key_begin, key_head * dim, dim, pairs, shown, pairs.key);
+    load(inputs_.value, pairs.rows.key_begin, key_head * value_dim, value_dim, pairs, shown, pairs.value);
+    const Index first_head = key_head * heads_.group();
+    for (Index h = first_head; h < first_head + heads_.group(); ++h) {
+      load(inputs_.query, pairs.rows.query_begin, h * dim, dim, pairs, any, pairs.query);
+      load(grad_out_, pairs.rows.query_begin, h * value_dim, value_dim, pairs, any, pairs.grad_out);
+      take_shifts(h, pairs);
+      for (Index queries = 0; queries < pairs.groups; ++queries) {
+        weigh(queries, pairs);
+        if (pairs.owns(queries)) sum_over_keys(h, queries, pairs, store);
+      }
+      const bool add = h > first_head;
+      for (Index keys = pairs.own.first; keys < pairs.own.end; ++keys) {
+        sum_over_queries(pairs.ds, pairs.query, dim, scale_, keys, pairs, gradients_.key, key_head * dim, add, store);
+        sum_over_queries(pairs.p, pairs.grad_out, value_dim, T(1), keys, pairs, gradients_.value, key_head * value_dim,
+                         add, store);
+      }
+    }
+  }
+
+  /// Copies the rows of one head, zeros in the place of what is not there or not shown.
+  template <class Shown>
+  static void load(Tokens<const Scalar> from, Index begin, Index column, Index width, const Pairs& pairs, Shown&& shown,
+                   T* to) {
+    for (Index i = pairs.begin; i < pairs.begin + pairs.groups * edge; ++i, to += width) {
+      const bool there = pairs.holds(i) && shown(i);
+      const Scalar* const row = there ? from.row(begin + i) + column : nullptr;
+      for (Index c = 0; c < width; c += lanes<T>) {
+        pstoreu(to + c, there ? ploadu<Packet<T>>(row + c) : pset1<Packet<T>>(T(0)));
+      }
+    }
+  }
+
+  /// What hides pairs.
+  void hide(Pairs& pairs) const {
+    const std::uint8_t* mask = key_mask(inputs_, pairs.rows);
+    for (Index j = 0; j < pairs.groups * edge; ++j) {
+      const Index key = pairs.begin + j;
+      const bool shown = pairs.holds(key) && (mask == nullptr || mask[key] != 0);
+      std::fill_n(pairs.hidden_keys + j * edge, edge, shown ? T(0) : -infinity<T>);
+    }
+    for (Index d = pairs.first; d <= pairs.last; ++d) {
+      for (Index pair = 0; pair < block; ++pair) {
+        const Index ahead = d * edge + pair / edge - pair % edge;
+        const bool seen = -window_.left <= ahead && ahead <= window_.right;
+        pairs.hidden[(d - pairs.first) * block + pair] = seen ? T(0) : -infinity<T>;
+      }
+    }
+  }
+
+  /// What p and ds of a head's queries are shifted by.
+  void take_shifts(Index head, Pairs& pairs) const {
+    for (Index i = 0; i < pairs.groups * edge; ++i) {
+      const Index at = head * inputs_.query.rows() + pairs.rows.query_begin + pairs.begin + i;
+      // A query that saw nothing, or is not there, weighs every key with 2^(s - infinity) = 0.
+      const bool sees = pairs.holds(pairs.begin + i) && log_sum_exp_[at] != -infinity<double>;
+      const double exact = sees ? log2_e<double> * log_sum_exp_[at] : infinity<double>;
+      const T shift = T(exact);
+      for (Index lane = i % edge; lane < lanes<T>; lane += edge) {
+        const Index to = i / edge * lanes<T> + lane;
+        pairs.shift[to] = shift;
+        // What the shift loses as a T would be a relative error of all weights.
+        pairs.rest[to] = sees ? T(exact - double{shift}) : T(0);
+        pairs.delta[to] = sees ? delta_[at] : T(0);
+      }
+    }
+  }
+
+  /// p and ds of all pairs of a group of queries.
+  void weigh(Index queries, Pairs& pairs) const {
+    const T *query[edge], *grad_out[edge];
+    for (Index q = 0; q < edge; ++q) {
+      query[q] = pairs.query + (queries * edge + q) * heads_.dim;
+      grad_out[q] = pairs.grad_out + (queries * edge + q) * heads_.value_width();
+    }
+    const auto of_queries = [&](const T* numbers) { return ploadu<Packet<T>>(numbers + queries * lanes<T>); };
+    const Packet<T> shift = of_queries(pairs.shift), rest = of_queries(pairs.rest), delta = of_queries(pairs.delta);
+    const Packet<T> scale = pset1<Packet<T>>(scale_ * log2_e<T>);
+    const Range met = pairs.met_by(queries);
+    for (Index first = met.first * edge; first < met.end * edge; first += keys_at_once) {
+      const T *key[keys_at_once], *value[keys_at_once];
+      for (Index k = 0; k < keys_at_once; ++k) {
+        key[k] = pairs.key + (first + k) * heads_.dim;
+        value[k] = pairs.value + (first + k) * heads_.value_width();
+      }
+      Packet<T> score[product_packets<T>], grad_p[product_packets<T>];
+      multiply_rows<T>(query, key, heads_.dim, score);
+      multiply_rows<T>(grad_out, value, heads_.value_width(), grad_p);
+      for (Index s = 0; s < pairs.steps; ++s) pairs.ahead.step();
+      const Index at = pairs.at(queries, 0) + first * edge;
+      const T* const hidden_pairs = pairs.hidden + at - pairs.at(queries, queries + pairs.first);
+      NEARFAR_UNROLL for (Index v = 0; v < product_packets<T>; ++v) {
+        const Packet<T> hidden = padd(ploadu<Packet<T>>(hidden_pairs + v * lanes<T>),
+                                      ploadu<Packet<T>>(pairs.hidden_keys + first * edge + v * lanes<T>));
+        const Packet<T> shown = psub(psub(pmul(score[v], scale), shift), rest);
+        const Packet<T> p = exp2<T>(pselect(pcmp_eq(hidden, pset1<Packet<T>>(T(0))), shown, hidden));
+        pstoreu(pairs.p + at + v * lanes<T>, p);
+        pstoreu(pairs.ds + at + v * lanes<T>, pmul(p, psub(grad_p[v], delta)));
+      }
+    }
+  }
+
+  /// Writes the gradients of a group of queries.
+  template <class Store>
+  void sum_over_keys(Index head, Index queries, const Pairs& pairs, Store&& store) const {
+    const Index dim = heads_.dim;
+    const Range met = pairs.met_by(queries);
+    for_each_feature_block<T>(dim, [&](auto vectors, Index c) {
+      multiply<decltype(vectors)::value>(
+          Broadcast<T>{pairs.ds + pairs.at(queries, met.first), 1, edge}, edge, pairs.key + met.first * edge * dim + c,
+          dim, met.count() * edge, [](Index, int) { return pset1<Packet<T>>(T(0)); },
+          [&](Index q, int v, const Packet<T>& sum) {
+            const Index i = pairs.begin + queries * edge + q;
+            if (!pairs.holds(i)) return;
+            T* const row = gradients_.query.row(pairs.rows.query_begin + i) + head * dim;
+            store(row + c + v * lanes<T>, Packet<T>(pmul(sum, pset1<Packet<T>>(scale_))));
+          });
+    });
+  }
+
+  /// to_j = scale sum_i factor_ij row_i for a group of keys j over the queries i that they meet, or adds that to it.
+  template <class Store>
+  void sum_over_queries(const T* factor, const T* rows, Index width, T scale, Index keys, const Pairs& pairs,
+                        Tokens<Scalar> to, Index column, bool add, Store&& store) const {
+    for_each_feature_block<T>(width, [&](auto vectors_, Index c) {
+      constexpr int vectors = decltype(vectors_)::value;
+      Packet<T> sum[edge][vectors];
+      NEARFAR_UNROLL for (Index k = 0; k < edge; ++k) {
+        NEARFAR_UNROLL for (int v = 0; v < vectors; ++v) sum[k][v] = pset1<Packet<T>>(T(0));
+      }
+      for (Index queries = keys - pairs.last; queries <= keys - pairs.first; ++queries) {
+        multiply_add(sum, Broadcast<T>{factor + pairs.at(queries, keys), edge, 1}, rows + queries * edge * width + c,
+                     width, edge);
+      }
+      for (Index k = 0; k < edge && pairs.holds(pairs.begin + keys * edge + k); ++k) {
+        T* const row = to.row(pairs.rows.key_begin + pairs.begin + keys * edge + k) + column + c;
+        for (int v = 0; v < vectors; ++v) {
+          const Packet<T> own = pmul(sum[k][v], pset1<Packet<T>>(scale));
+          T* const at = row + v * lanes<T>;
+          // The sum over a group of heads is read again before it is done.
+          add ? pstoreu(at, padd(ploadu<Packet<T>>(at), own)) : store(at, own);
+        }
+      }
+    });
+  }
+
+  /// What the next tile reads that this one has not.
+  void look_ahead(Pairs& pairs, bool past) const {
+    const Index first = pairs.begin + pairs.groups * edge, own = pairs.tile.first + pairs.tile.count;
+    const auto add = [&](const auto& tokens, Index begin, Index from) {
+      const Index count = std::clamp<Index>(pairs.rows.query_count - from, 0, tokens_a_tile);
+      pairs.ahead.add(tokens.row(begin + from), tokens.stride(), count, tokens.cols());
+    };
+    add(inputs_.key, pairs.rows.key_begin, first);
+    add(inputs_.value, pairs.rows.key_begin, first);
+    add(inputs_.query, pairs.rows.query_begin, first);
+    add(grad_out_, pairs.rows.query_begin, first);
+    if (!past) {
+      add(gradients_.query, pairs.rows.query_begin, own);
+      add(gradients_.key, pairs.rows.key_begin, own);
+      add(gradients_.value, pairs.rows.key_begin, own);
+    }
+    pairs.steps = pairs.ahead.steps_at_a_time(heads_.query * pairs.own.count() * (pairs.last - pairs.first + 1) *
+                                              (edge / keys_at_once));
+  }
+
+  const Heads& heads_;
+  Window window_;
+  T scale_;
+  const Inputs<Scalar>& inputs_;
+  const double* log_sum_exp_;
+  Tokens<const Scalar> grad_out_;
+  const T* delta_;
+  const InputGradients<Scalar>& gradients_;
+};
+
+}  // namespace detail
+}  // namespace NEARFAR_VERSION_NAMESPACE
+}  // namespace nearfar
