@@ -21,6 +21,11 @@ class Property : public ::testing::TestWithParam<SubjectCase> {
     return GetParam().template make<T>(heads);
   }
 
+  /// Head widths on both sides of what vectors and register tiles hold, primes between, and all the small ones.
+  static constexpr Index widths[] = {1,  2,  3,  4,  5,  6,  7,   8,   9,   10,  11,  12,  13,  14,  15,  16, 17,
+                                     18, 19, 20, 21, 22, 23, 24,  25,  29,  31,  32,  33,  37,  47,  48,  49, 63,
+                                     64, 65, 79, 80, 96, 97, 100, 127, 128, 129, 191, 192, 193, 251, 255, 256};
+
   /// A random sequence with about a third of its keys masked.
   template <class T>
   static Sample<T> masked_sample(Index n, std::uint64_t seed) {
