@@ -254,7 +254,7 @@ class Multipole {
       const auto visit = [&](const auto& band) { queries.visit(keys, band); };
 
       detail::Lookahead after;
-      after.add(result.data(), result.stride(), tile.count, dim);
+      if (!detail::past_caches(out, dim)) after.add(result.data(), result.stride(), tile.count, dim);
       if (head + 1 < heads_.query) {
         // The next task is likely this tile's next head.
         after.add(query.data() + dim, query.stride(), tile.count, dim);
@@ -264,8 +264,10 @@ class Multipole {
       if (pooled != nullptr) pooled->hand_down(head, queries);
       walk.near_field(tile, key_head, keys, queries.lookahead(), after, visit);
       if (pooled == nullptr) walk.far_field(tile, key_head, keys, visit);
-      queries.finish(result.data(), result.stride(),
-                     log_sum_exp == nullptr ? nullptr : log_sum_exp + head * stride + tile.first);
+      detail::with_store(out, dim, [&](auto store) {
+        queries.finish(result.data(), result.stride(),
+                       log_sum_exp == nullptr ? nullptr : log_sum_exp + head * stride + tile.first, nullptr, store);
+      });
     });
   }
 

@@ -73,9 +73,9 @@ struct OnlineSoftmax {
 
   /// Writes the attention of `count` queries, value / sum, to the rows of out, and where `log_sum_exp` is not null its
   /// natural logarithm form beside. `factor` multiplies each feature, unless null. A query that saw no key gets zeros
-  /// and -infinity. Uses up the triple.
-  template <class Out>
-  void finish(Index count, Out* out, Index out_stride, double* log_sum_exp, const T* factor = nullptr) {
+  /// and -infinity. Vectors are written by store(to, packet). Uses up the triple.
+  template <class Out, class Store>
+  void finish(Index count, Out* out, Index out_stride, double* log_sum_exp, const T* factor, Store&& store) {
     for (Index i = 0; i < count; ++i) {
       if (log_sum_exp != nullptr) {
         log_sum_exp[i] = natural_log_sum_exp(max[i], sum[i]);
@@ -90,7 +90,7 @@ struct OnlineSoftmax {
         pstoreu(o, pmul(ploadu<Packet<T>>(o), share));
       }
     }
-    transpose(value, width, value_dim, count, T(1), out, out_stride);
+    transpose(value, width, value_dim, count, T(1), out, out_stride, store);
   }
 
  private:

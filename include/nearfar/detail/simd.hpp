@@ -105,14 +105,15 @@ NEARFAR_INLINE void for_each_packet(Index count, Body&& body) {
   for (; c < count; ++c) body(ByNumbers{}, c);
 }
 
-/// to(c, r) = scale * from(r, c) for one square block of as many rows as a packet has lanes.
-template <class P, class T>
-NEARFAR_INLINE void transpose_block(const T* from, Index from_stride, const P& scale, T* to, Index to_stride) {
+/// to(c, r) = scale * from(r, c) for one square block of as many rows as a packet has lanes, by store(to, packet).
+template <class P, class T, class Store>
+NEARFAR_INLINE void transpose_block(const T* from, Index from_stride, const P& scale, T* to, Index to_stride,
+                                    Store&& store) {
   constexpr int width = Eigen::internal::unpacket_traits<P>::size;
   Eigen::internal::PacketBlock<P, width> block;
   for (int i = 0; i < width; ++i) block.packet[i] = pmul(ploadu<P>(from + i * from_stride), scale);
   if constexpr (width > 1) ptranspose(block);
-  for (int i = 0; i < width; ++i) pstoreu(to + i * to_stride, block.packet[i]);
+  for (int i = 0; i < width; ++i) store(to + i * to_stride, block.packet[i]);
 }
 
 #if defined(__GNUC__)
@@ -187,22 +188,29 @@ NEARFAR_INLINE P fold_across(P a, Op&& op) {
   }
 }
 
-/// to(c, r) = factor * from(r, c) for a rows x cols matrix.
-template <class T>
-void transpose(const T* from, Index from_stride, Index rows, Index cols, T factor, T* to, Index to_stride) {
+/// to(c, r) = factor * from(r, c) for a rows x cols matrix. Vectors are written by store(to, packet).
+template <class T, class Store>
+void transpose(const T* from, Index from_stride, Index rows, Index cols, T factor, T* to, Index to_stride,
+               Store&& store) {
   constexpr Index width = lanes<T>;
   const Packet<T> scale = pset1<Packet<T>>(factor);
   for (Index r = 0; r < rows; r += width) {
     Index c = 0;
     if (r + width <= rows) {
       for (; c + width <= cols; c += width) {
-        transpose_block(from + r * from_stride + c, from_stride, scale, to + c * to_stride + r, to_stride);
+        transpose_block(from + r * from_stride + c, from_stride, scale, to + c * to_stride + r, to_stride, store);
       }
     }
     for (Index i = r; i < std::min(r + width, rows); ++i) {
       for (Index j = c; j < cols; ++j) to[j * to_stride + i] = factor * from[i * from_stride + j];
     }
   }
+}
+
+template <class T>
+void transpose(const T* from, Index from_stride, Index rows, Index cols, T factor, T* to, Index to_stride) {
+  transpose(from, from_stride, rows, cols, factor, to, to_stride,
+            [](T* at, const Packet<T>& numbers) { pstoreu(at, numbers); });
 }
 
 }  // namespace detail

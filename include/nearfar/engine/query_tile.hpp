@@ -1,6 +1,7 @@
 #pragma once
 
 #include <nearfar/detail/lookahead.hpp>
+#include <nearfar/detail/stores.hpp>
 #include <nearfar/engine/key_tile.hpp>
 #include <nearfar/engine/lane_mask.hpp>
 #include <nearfar/engine/microkernel.hpp>
@@ -113,11 +114,11 @@ class QueryTile {
 
   /// Writes the result of each query to its row of out, times a factor a feature unless that is null, and its
   /// log-sum-exp beside where that is not null.
-  template <class Storage>
-  void finish(Storage* out, Index stride, double* log_sum_exp, const T* factor = nullptr) {
+  template <class Storage, class Store = Keep>
+  void finish(Storage* out, Index stride, double* log_sum_exp, const T* factor = nullptr, Store&& store = {}) {
     for (Index p = 0; p < panels(); ++p) {
       panel(p).finish(in_panel(p), out + p * width * stride, stride,
-                      log_sum_exp == nullptr ? nullptr : log_sum_exp + p * width, factor);
+                      log_sum_exp == nullptr ? nullptr : log_sum_exp + p * width, factor, store);
     }
   }
 

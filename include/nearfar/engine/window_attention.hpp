@@ -46,7 +46,7 @@ void window_attention_in_tiles(Work& work, const Heads& heads, Window window, do
     seen.first = seen.first / 16 * 16;
 
     Lookahead later;
-    later.add(result.data(), result.stride(), result.rows(), value_dim);
+    if (!past_caches(out, value_dim)) later.add(result.data(), result.stride(), result.rows(), value_dim);
     if (head + 1 < heads.query) {
       // The next task is likely this tile's next head.
       const Index columns = (head + 1) % heads.group() == 0 ? dim : 0;
@@ -68,10 +68,12 @@ void window_attention_in_tiles(Work& work, const Heads& heads, Window window, do
         keys.clear();
       }
     }
-    queries.finish(
-        result.data(), result.stride(),
-        log_sum_exp == nullptr ? nullptr : log_sum_exp + head * inputs.query.rows() + rows.query_begin + tile.first,
-        factors.rows() == 0 ? nullptr : factors.row(head));
+    with_store(out, value_dim, [&](auto store) {
+      queries.finish(
+          result.data(), result.stride(),
+          log_sum_exp == nullptr ? nullptr : log_sum_exp + head * inputs.query.rows() + rows.query_begin + tile.first,
+          factors.rows() == 0 ? nullptr : factors.row(head), store);
+    });
   });
 }
 
