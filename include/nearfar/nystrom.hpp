@@ -124,9 +124,9 @@ class Nystrom {
     // Backwards through softmax(scale * q Kl^T) W, then W = A^+ B and A, then B, then the means.
     T* delta = work.take<T>(heads_.query * inputs.query.rows());
     detail::softmax_delta(work, heads_, out, grad_out, delta);
-    detail::window_gradient(work, landmark_heads(), Window{}, scale(),
-                            landmarks.as_keys<T>(inputs, saved.landmark_key, saved.landmark_value),
-                            saved.log_sum_exp.data(), grad_out, delta, {grad_inputs.query, grad_key, grad_value});
+    detail::wide_window_gradient(work, landmark_heads(), Window{}, scale(),
+                                 landmarks.as_keys<T>(inputs, saved.landmark_key, saved.landmark_value),
+                                 saved.log_sum_exp.data(), grad_out, delta, {grad_inputs.query, grad_key, grad_value});
     work.for_each(sequence_count(inputs) * heads_.query, [&](Index task, detail::Scratch& scratch) {
       solve_backward(landmarks.of(task / heads_.query), task % heads_.query, saved, grad_value,
                      {grad_kernel_query, grad_key, grad_landmark_out}, scratch);
@@ -174,8 +174,8 @@ class Nystrom {
       solve(landmarks.of(task / heads_.query), task % heads_.query, f, scratch);
     });
     detail::wide_window_attention(work, landmark_heads(), Window{}, scale(),
-                             landmarks.as_keys(inputs, Tokens<const T>(f.key), Tokens<const T>(f.value)), out,
-                             f.log_sum_exp);
+                                  landmarks.as_keys(inputs, Tokens<const T>(f.key), Tokens<const T>(f.value)), out,
+                                  f.log_sum_exp);
   }
 
   // The share of one sequence and head in what each landmark has, `width` columns a head.

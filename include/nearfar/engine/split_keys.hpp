@@ -148,7 +148,7 @@ void split_key_gradient(Work& work, const Heads& heads, double scale, const Inpu
   T* delta = work.take<T>(heads.query * queries);
   softmax_delta(work, heads, out, grad_out, delta);
   if (pieces.count() == sequence_count(inputs)) {
-    window_gradient(work, heads, Window{}, scale, inputs, log_sum_exp, grad_out, delta, gradients);
+    wide_window_gradient(work, heads, Window{}, scale, inputs, log_sum_exp, grad_out, delta, gradients);
     return;
   }
   const auto repeat = [&]<class S>(const S* of_queries) {
@@ -159,9 +159,9 @@ void split_key_gradient(Work& work, const Heads& heads, double scale, const Inpu
   const Tokens<const T> query = pieces.repeat_rows(work, inputs, inputs.query);
   const Inputs<T> packed{
       query, inputs.key, inputs.value, inputs.key_mask, pieces.query_offsets(), pieces.key_offsets()};
-  window_gradient(work, heads, Window{}, scale, packed, repeat(log_sum_exp),
-                  Tokens<const T>(pieces.repeat_rows(work, inputs, grad_out)), repeat(delta),
-                  {partial, gradients.key, gradients.value});
+  wide_window_gradient(work, heads, Window{}, scale, packed, repeat(log_sum_exp),
+                       Tokens<const T>(pieces.repeat_rows(work, inputs, grad_out)), repeat(delta),
+                       {partial, gradients.key, gradients.value});
   pieces.sum_rows(inputs, Tokens<const T>(partial), gradients.query);
 }
 

@@ -37,9 +37,9 @@ void softmax_delta(Work& work, const Heads& heads, Tokens<const Scalar> out, Tok
 /// them in order, from one n_q x (heads.query * dim) array a further segment. How many there are depends on the shapes
 /// alone. Work 2.5 times the forward pass.
 template <class Scalar>
-void window_gradient_in_tiles(Work& work, const Heads& heads, Window window, double scale, const Inputs<Scalar>& inputs,
-                              const double* log_sum_exp, Tokens<const Scalar> grad_out,
-                              const Accumulator<Scalar>* delta, const InputGradients<Scalar>& gradients) {
+void wide_window_gradient(Work& work, const Heads& heads, Window window, double scale, const Inputs<Scalar>& inputs,
+                          const double* log_sum_exp, Tokens<const Scalar> grad_out, const Accumulator<Scalar>* delta,
+                          const InputGradients<Scalar>& gradients) {
   using T = Accumulator<Scalar>;
   constexpr Index capacity = GradientTile<T>::capacity;
   constexpr Index enough_tasks = 16;
@@ -154,14 +154,14 @@ void window_gradient_in_tiles(Work& work, const Heads& heads, Window window, dou
   });
 }
 
-/// As above, by the way that suits the window.
+/// As above, by the way that suits the window. Where it is never narrow, the other alone compiles less.
 template <class Scalar>
 void window_gradient(Work& work, const Heads& heads, Window window, double scale, const Inputs<Scalar>& inputs,
                      const double* log_sum_exp, Tokens<const Scalar> grad_out, const Accumulator<Scalar>* delta,
                      const InputGradients<Scalar>& gradients) {
   const NarrowGradient<Scalar> narrow(heads, window, scale, inputs, log_sum_exp, grad_out, delta, gradients);
   if (narrow.suits()) return narrow.differentiate(work);
-  window_gradient_in_tiles(work, heads, window, scale, inputs, log_sum_exp, grad_out, delta, gradients);
+  wide_window_gradient(work, heads, window, scale, inputs, log_sum_exp, grad_out, delta, gradients);
 }
 
 }  // namespace detail

@@ -75,7 +75,12 @@ class WindowMechanism {
     for (Index h = 0; h < grad_log_sum_exp.rows(); ++h) {
       for (Index i = 0; i < queries; ++i) delta[h * queries + i] -= Accumulator<T>(grad_log_sum_exp(h, i));
     }
-    window_gradient(work, heads_, window_, scale(), inputs, saved.log_sum_exp.data(), grad_out, delta, grad_inputs);
+    const double* const log_sum_exp = saved.log_sum_exp.data();
+    if constexpr (requires { options_.window; }) {
+      window_gradient(work, heads_, window_, scale(), inputs, log_sum_exp, grad_out, delta, grad_inputs);
+    } else {
+      wide_window_gradient(work, heads_, window_, scale(), inputs, log_sum_exp, grad_out, delta, grad_inputs);
+    }
   }
 
   double scale() const { return scale_or_default(options_.scale, heads_); }
