@@ -19,13 +19,16 @@ struct Meeting {
   explicit Meeting(Random& random)
       : keys(scratch, 1, 1),
         queries(random.integer(1, 200)),
-        band({random.integer(0, 90), random.integer(0, 90)}, queries, random.integer(1, 300)),
+        band({random.integer(0, random.integer(0, 90)), random.integer(0, random.integer(0, 90))}, queries,
+             random.integer(1, 300)),
         first(random.integer(0, queries - 1)),
         count(std::min<Index>(vectors * lanes, queries - first)) {
     const double hidden = random.unit() < 0.5 ? 0 : 0.4;
     Index position = random.integer(0, 200);
     for (Index room = random.integer(0, detail::KeyTile<T>::capacity); keys.count() < room; ++position) {
       if (random.unit() >= hidden) keys.append(&number, &number, position);
+      // Whole vectors of queries may see no key between others that do.
+      if (hidden > 0 && random.unit() < 0.05) position += random.integer(0, 2 * lanes);
     }
     keys.complete();
   }

@@ -35,6 +35,22 @@ TEST_P(Borders, EveryLengthWithMaskedKeysIsAsTheReference) {
   });
 }
 
+// Whole vectors of queries may see no key where the vectors beside them do.
+TEST_P(Borders, RunsOfMaskedKeysAreAsTheReference) {
+  in_each_scalar([]<class T>(T) {
+    const auto subject = make<T>();
+    auto sample = masked_sample<T>(60, 250);
+    const auto mask = sample.key_mask;
+    for (const int first : {3, 6, 13, 29}) {
+      for (const int count : {4, 6, 10, 12, 20, 30}) {
+        sample.key_mask = mask;
+        std::fill_n(sample.key_mask.begin() + first, count, std::uint8_t{0});
+        expect_reference(*subject, sample);
+      }
+    }
+  });
+}
+
 TEST_P(Borders, NumbersOfQueriesAndKeysMayDiffer) {
   if (!any_shape()) GTEST_SKIP() << "as many queries as keys";
   in_each_scalar([]<class T>(T) {

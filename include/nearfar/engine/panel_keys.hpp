@@ -23,15 +23,15 @@ class PanelKeys {
     for (Index first = 0; first < count; first += lanes<T>) {
       const Index queries = std::min<Index>(lanes<T>, count - first);
       const Range any = keys.within(band.seen_by_any(query + first, queries));
-      if (any.count() == 0) continue;
       const Range all = keys.within(band.seen_by_all(query + first, queries));
       const auto vector = static_cast<std::size_t>(first / lanes<T>);
-      any_[vector] = {down(any.first), up(any.end)};
+      // Where a vector sees nothing between two others that meet one group, it meets that group with them.
+      any_[vector] = {down(any.first), up(std::max(any.first, any.end))};
       all_[vector] = {up(all.first), all.end == keys.count() ? up(all.end) : down(all.end)};
     }
   }
 
-  /// The keys that some query of a vector sees, and the others of their groups.
+  /// The keys that some query of a vector sees, and the others of their groups: all that the vector meets.
   Range any(int vector) const { return any_[static_cast<std::size_t>(vector)]; }
 
   /// Calls visit(std::integral_constant<int, count>, vector, keys, all) for stretches of keys that meet the same
