@@ -8,7 +8,6 @@
 #include <nearfar/online_softmax.hpp>
 
 #include <algorithm>
-#include <cstddef>
 
 namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {

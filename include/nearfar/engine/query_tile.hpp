@@ -11,7 +11,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstddef>
 
 namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
