@@ -38,9 +38,11 @@ class NarrowGradient {
         log_sum_exp_(log_sum_exp),
         grad_out_(grad_out),
         delta_(delta),
-        gradients_(gradients) {}
+        gradients_(gradients),
+        dim_(filled_width<T>(heads.dim)),
+        value_dim_(filled_width<T>(heads.value_width())) {}
 
-  /// Whether the window is narrow, heads are whole vectors, and each token has a query and a key.
+  /// Whether the window is narrow, and each token has a query and a key.
   bool suits() const {
     for (Index b = 0; b < sequence_count(inputs_); ++b) {
       const Sequence rows = sequence(inputs_, b);
@@ -70,9 +72,9 @@ class NarrowGradient {
   static constexpr Index edge = queries_at_once;  // of a block of pairs
   static constexpr Index block = edge * edge;
 
-  /// The tokens of a tile and those before and behind that meet them, in groups of four: their rows of one head, zero
-  /// where no token is or may be seen, and p and ds of their pairs. Queries of group g meet the keys of the groups from
-  /// g + first to g + last.
+  /// The tokens of a tile and those before and behind that meet them, in groups of four: their rows of one head, filled
+  /// up, zero where no token is or may be seen, and p and ds of their pairs. Queries of group g meet the keys of the
+  /// groups from g + first to g + last.
   struct Pairs {
     Pairs(const NarrowGradient& of, const Sequence& of_rows, const Tile& of_tile, Scratch& scratch)
         : rows(of_rows),
@@ -83,10 +85,11 @@ class NarrowGradient {
           groups(own.first + own.end),
           begin(tile.first - own.first * edge) {
       const auto take = [&](Index width) { return scratch.take<T>(groups * edge * width); };
-      query = take(of.heads_.dim);
-      key = take(of.heads_.dim);
-      value = take(of.heads_.value_width());
-      grad_out = take(of.heads_.value_width());
+      query = take(of.dim_);
+      key = take(of.dim_);
+      value = take(of.value_dim_);
+      grad_out = take(of.value_dim_);
+      aside = scratch.take<T>(edge * std::max(of.dim_, of.value_dim_));
       p = take(edge * (last - first + 1));
       ds = take(edge * (last - first + 1));
       for (T** numbers : {&shift, &rest, &delta}) *numbers = scratch.take<T>(groups * lanes<T>);
@@ -122,6 +125,7 @@ class NarrowGradient {
     T* key;
     T* value;
     T* grad_out;
+    T* aside;  // for gradients of one group
     T* p;
     T* ds;
     T* shift;  // of each group of queries on the lanes, over and over: the log-sum-exp in units of log 2
@@ -152,9 +156,10 @@ class NarrowGradient {
       }
       const bool add = h > first_head;
       for (Index keys = pairs.own.first; keys < pairs.own.end; ++keys) {
-        sum_over_queries(pairs.ds, pairs.query, dim, scale_, keys, pairs, gradients_.key, key_head * dim, add, store);
-        sum_over_queries(pairs.p, pairs.grad_out, value_dim, T(1), keys, pairs, gradients_.value, key_head * value_dim,
+        sum_over_queries(pairs.ds, pairs.query, scale_, keys, pairs, gradients_.key.middle_cols(key_head * dim, dim),
                          add, store);
+        sum_over_queries(pairs.p, pairs.grad_out, T(1), keys, pairs,
+                         gradients_.value.middle_cols(key_head * value_dim, value_dim), add, store);
       }
     }
   }
@@ -163,11 +168,12 @@ class NarrowGradient {
   template <class Shown>
   static void load(Tokens<const Scalar> from, Index begin, Index column, Index width, const Pairs& pairs, Shown&& shown,
                    T* to) {
-    for (Index i = pairs.begin; i < pairs.begin + pairs.groups * edge; ++i, to += width) {
-      const bool there = pairs.holds(i) && shown(i);
-      const Scalar* const row = there ? from.row(begin + i) + column : nullptr;
-      for (Index c = 0; c < width; c += lanes<T>) {
-        pstoreu(to + c, there ? ploadu<Packet<T>>(row + c) : pset1<Packet<T>>(T(0)));
+    const Index filled = filled_width<T>(width);
+    for (Index i = pairs.begin; i < pairs.begin + pairs.groups * edge; ++i, to += filled) {
+      if (pairs.holds(i) && shown(i)) {
+        copy_filled(from.row(begin + i) + column, width, to);
+      } else {
+        std::fill_n(to, filled, T(0));
       }
     }
   }
@@ -211,8 +217,8 @@ class NarrowGradient {
   void weigh(Index queries, Pairs& pairs) const {
     const T *query[edge], *grad_out[edge];
     for (Index q = 0; q < edge; ++q) {
-      query[q] = pairs.query + (queries * edge + q) * heads_.dim;
-      grad_out[q] = pairs.grad_out + (queries * edge + q) * heads_.value_width();
+      query[q] = pairs.query + (queries * edge + q) * dim_;
+      grad_out[q] = pairs.grad_out + (queries * edge + q) * value_dim_;
     }
     const auto of_queries = [&](const T* numbers) { return ploadu<Packet<T>>(numbers + queries * lanes<T>); };
     const Packet<T> shift = of_queries(pairs.shift), rest = of_queries(pairs.rest), delta = of_queries(pairs.delta);
@@ -221,12 +227,12 @@ class NarrowGradient {
     for (Index first = met.first * edge; first < met.end * edge; first += keys_at_once) {
       const T *key[keys_at_once], *value[keys_at_once];
       for (Index k = 0; k < keys_at_once; ++k) {
-        key[k] = pairs.key + (first + k) * heads_.dim;
-        value[k] = pairs.value + (first + k) * heads_.value_width();
+        key[k] = pairs.key + (first + k) * dim_;
+        value[k] = pairs.value + (first + k) * value_dim_;
       }
       Packet<T> score[product_packets<T>], grad_p[product_packets<T>];
-      multiply_rows<T>(query, key, heads_.dim, score);
-      multiply_rows<T>(grad_out, value, heads_.value_width(), grad_p);
+      multiply_rows<T>(query, key, dim_, score);
+      multiply_rows<T>(grad_out, value, value_dim_, grad_p);
       for (Index s = 0; s < pairs.steps; ++s) pairs.ahead.step();
       const Index at = pairs.at(queries, 0) + first * edge;
       const T* const hidden_pairs = pairs.hidden + at - pairs.at(queries, queries + pairs.first);
@@ -241,28 +247,54 @@ class NarrowGradient {
     }
   }
 
+  /// Where vectors of a group's gradients go: to their rows, or aside where a row is not whole vectors, or not there.
+  struct Rows {
+    Rows(Tokens<Scalar> to, Index begin, Index group, const Pairs& pairs, bool add)
+        : width(to.cols()), whole(width == filled_width<T>(width)) {
+      for (Index k = 0; k < edge; ++k) {
+        const Index token = pairs.begin + group * edge + k;
+        own[k] = pairs.holds(token) ? to.row(begin + token) : nullptr;
+        row[k] = whole && own[k] != nullptr ? own[k] : pairs.aside + k * filled_width<T>(width);
+        if (add && !whole && own[k] != nullptr) copy_row(own[k], width, row[k]);
+      }
+    }
+
+    void finish() const {
+      if (whole) return;
+      for (Index k = 0; k < edge; ++k) {
+        if (own[k] != nullptr) copy_row(row[k], width, own[k]);
+      }
+    }
+
+    Index width;
+    bool whole;
+    T* own[edge];
+    T* row[edge];
+  };
+
   /// Writes the gradients of a group of queries.
   template <class Store>
   void sum_over_keys(Index head, Index queries, const Pairs& pairs, Store&& store) const {
-    const Index dim = heads_.dim;
     const Range met = pairs.met_by(queries);
-    for_each_feature_block<T>(dim, [&](auto vectors, Index c) {
+    const Tokens to = gradients_.query.middle_cols(head * heads_.dim, heads_.dim);
+    const Rows rows(to, pairs.rows.query_begin, queries, pairs, false);
+    for_each_feature_block<T>(dim_, [&](auto vectors, Index c) {
       multiply<decltype(vectors)::value>(
-          Broadcast<T>{pairs.ds + pairs.at(queries, met.first), 1, edge}, edge, pairs.key + met.first * edge * dim + c,
-          dim, met.count() * edge, [](Index, int) { return pset1<Packet<T>>(T(0)); },
+          Broadcast<T>{pairs.ds + pairs.at(queries, met.first), 1, edge}, edge, pairs.key + met.first * edge * dim_ + c,
+          dim_, met.count() * edge, [](Index, int) { return pset1<Packet<T>>(T(0)); },
           [&](Index q, int v, const Packet<T>& sum) {
-            const Index i = pairs.begin + queries * edge + q;
-            if (!pairs.holds(i)) return;
-            T* const row = gradients_.query.row(pairs.rows.query_begin + i) + head * dim;
-            store(row + c + v * lanes<T>, Packet<T>(pmul(sum, pset1<Packet<T>>(scale_))));
+            store(rows.row[q] + c + v * lanes<T>, Packet<T>(pmul(sum, pset1<Packet<T>>(scale_))));
           });
     });
+    rows.finish();
   }
 
   /// to_j = scale sum_i factor_ij row_i for a group of keys j over the queries i that they meet, or adds that to it.
   template <class Store>
-  void sum_over_queries(const T* factor, const T* rows, Index width, T scale, Index keys, const Pairs& pairs,
-                        Tokens<Scalar> to, Index column, bool add, Store&& store) const {
+  void sum_over_queries(const T* factor, const T* from, T scale, Index keys, const Pairs& pairs, Tokens<Scalar> to,
+                        bool add, Store&& store) const {
+    const Index width = filled_width<T>(to.cols());
+    const Rows rows(to, pairs.rows.key_begin, keys, pairs, add);
     for_each_feature_block<T>(width, [&](auto vectors_, Index c) {
       constexpr int vectors = decltype(vectors_)::value;
       Packet<T> sum[edge][vectors];
@@ -270,19 +302,19 @@ class NarrowGradient {
         NEARFAR_UNROLL for (int v = 0; v < vectors; ++v) sum[k][v] = pset1<Packet<T>>(T(0));
       }
       for (Index queries = keys - pairs.last; queries <= keys - pairs.first; ++queries) {
-        multiply_add(sum, Broadcast<T>{factor + pairs.at(queries, keys), edge, 1}, rows + queries * edge * width + c,
+        multiply_add(sum, Broadcast<T>{factor + pairs.at(queries, keys), edge, 1}, from + queries * edge * width + c,
                      width, edge);
       }
-      for (Index k = 0; k < edge && pairs.holds(pairs.begin + keys * edge + k); ++k) {
-        T* const row = to.row(pairs.rows.key_begin + pairs.begin + keys * edge + k) + column + c;
+      for (Index k = 0; k < edge; ++k) {
         for (int v = 0; v < vectors; ++v) {
           const Packet<T> own = pmul(sum[k][v], pset1<Packet<T>>(scale));
-          T* const at = row + v * lanes<T>;
+          T* const at = rows.row[k] + c + v * lanes<T>;
           // The sum over a group of heads is read again before it is done.
           add ? pstoreu(at, padd(ploadu<Packet<T>>(at), own)) : store(at, own);
         }
       }
     });
+    rows.finish();
   }
 
   /// What the next tile reads that this one has not.
@@ -313,6 +345,8 @@ class NarrowGradient {
   Tokens<const Scalar> grad_out_;
   const T* delta_;
   const InputGradients<Scalar>& gradients_;
+  Index dim_;  // of rows that are filled up
+  Index value_dim_;
 };
 
 }  // namespace detail

@@ -31,9 +31,15 @@ class NarrowWindow {
 
   /// Where `factors` (heads.query x value_dim) has rows, the features of out are multiplied by it.
   NarrowWindow(const Heads& heads, Window window, double scale, const Inputs<Scalar>& inputs, Tokens<const T> factors)
-      : heads_(heads), window_(window), scale_(T(scale) * log2_e<T>), inputs_(inputs), factors_(factors) {}
+      : heads_(heads),
+        window_(window),
+        scale_(T(scale) * log2_e<T>),
+        inputs_(inputs),
+        factors_(factors),
+        key_width_(filled_width<T>(heads.dim)),
+        value_width_(filled_width<T>(heads.value_width())) {}
 
-  /// Whether the window is narrow, and heads are whole vectors.
+  /// Whether the window is narrow enough for the heads.
   bool suits() const { return std::is_same_v<Scalar, T> && meets_by_rows<T>(heads_, window_); }
 
   void attend(Work& work, Tokens<Scalar> out, double* log_sum_exp) const {
@@ -41,19 +47,21 @@ class NarrowWindow {
     work.for_each(tiles.count(), [&](Index task, Scratch& scratch) {
       const Tile tile = tiles[task];
       const Sequence rows = sequence(inputs_, tile.sequence);
-      Keys keys(heads_, scratch);
+      Keys keys(heads_.key_value * key_width_, heads_.key_value * value_width_, scratch);
       gather(rows, tile, keys);
       Bounds bounds[queries_a_tile / queries_at_once];
       for (Index i = 0; i < tile.count; i += queries_at_once) {
         bounds[i / queries_at_once] = bounds_of(rows, tile, i, keys);
       }
       Ahead ahead = look_ahead(rows, tile, out);
-      T* weights = scratch.take<T>(room);
+      const Desk desk{scratch.take<T>(room), scratch.take<T>(queries_at_once * key_width_),
+                      scratch.take<T>(queries_at_once * value_width_), scratch.take<T>(heads_.query * value_width_)};
+      fill_factors(desk.factors);
       with_store(out, heads_.value_width(), [&](auto store) {
         for (Index h = 0; h < heads_.query; ++h) {
           for (Index i = 0; i < tile.count; i += queries_at_once) {
             const Queries queries{rows.query_begin + tile.first + i, std::min(queries_at_once, tile.count - i)};
-            attend(queries, bounds[i / queries_at_once], keys, h, weights, ahead, out, store, log_sum_exp);
+            attend(queries, bounds[i / queries_at_once], keys, h, desk, ahead, out, store, log_sum_exp);
           }
         }
       });
@@ -70,14 +78,14 @@ class NarrowWindow {
     Index count;
   };
 
-  /// The keys of a tile, and their values, head by head. Places are counted from the first key that the tile
-  /// sees; that of each key stands four times, so that places compare with scores kept as [key][query].
+  /// The keys of a tile, and their values, head by head, rows filled up. Places are counted from the first key that the
+  /// tile sees; that of each key stands four times, so that places compare with scores kept as [key][query].
   struct Keys {
     static constexpr Index capacity = queries_a_tile + narrow_window;
 
-    Keys(const Heads& heads, Scratch& scratch)
-        : key(scratch.take<T>(capacity * heads.key_cols())),
-          value(scratch.take<T>(capacity * heads.value_cols())),
+    Keys(Index key_cols, Index value_cols, Scratch& scratch)
+        : key(scratch.take<T>(capacity * key_cols)),
+          value(scratch.take<T>(capacity * value_cols)),
           position(scratch.take<Index>(capacity)),
           place(scratch.take<T>(queries_at_once * (capacity + keys_at_once))) {}
 
@@ -87,6 +95,15 @@ class NarrowWindow {
     T* place;
     Index origin = 0;
     Index count = 0;
+  };
+
+  /// What four queries of a head need beside: the scores of their keys, that become weights; where their rows, and
+  /// those of out, are filled up; and what the features of out are multiplied by.
+  struct Desk {
+    T* weights;
+    T* query;
+    T* out;
+    T* factors;
   };
 
   /// Which of a tile's keys some of four queries see, and the places where each of them begins and ends to see.
@@ -108,9 +125,9 @@ class NarrowWindow {
     keys.origin = seen.first;
     for (Index j = seen.first; j < seen.end; ++j) {
       if (mask != nullptr && mask[j] == 0) continue;
-      copy_heads(inputs_.key.row(rows.key_begin + j), heads_.dim, keys.key + keys.count * heads_.dim);
-      const Index width = heads_.value_width();
-      copy_heads(inputs_.value.row(rows.key_begin + j), width, keys.value + keys.count * width);
+      copy_heads(inputs_.key.row(rows.key_begin + j), heads_.dim, keys.key + keys.count * key_width_, key_width_);
+      copy_heads(inputs_.value.row(rows.key_begin + j), heads_.value_width(), keys.value + keys.count * value_width_,
+                 value_width_);
       keys.position[keys.count] = j;
       std::fill_n(keys.place + keys.count * queries_at_once, queries_at_once, T(j - keys.origin));
       ++keys.count;
@@ -119,9 +136,16 @@ class NarrowWindow {
     std::fill_n(keys.place + keys.count * queries_at_once, products_at_once, infinity<T>);
   }
 
-  void copy_heads(const Scalar* row, Index width, T* to) const {
-    for (Index h = 0; h < heads_.key_value; ++h, row += width, to += Keys::capacity * width) {
-      for (Index c = 0; c < width; c += lanes<T>) pstoreu(to + c, ploadu<Packet<T>>(row + c));
+  void copy_heads(const Scalar* row, Index width, T* to, Index stride) const {
+    for (Index h = 0; h < heads_.key_value; ++h, row += width, to += Keys::capacity * stride) {
+      copy_filled(row, width, to);
+    }
+  }
+
+  void fill_factors(T* factors) const {
+    std::fill_n(factors, heads_.query * value_width_, T(1));
+    for (Index h = 0; h < factors_.rows(); ++h) {
+      std::copy_n(factors_.row(h), heads_.value_width(), factors + h * value_width_);
     }
   }
 
@@ -161,18 +185,22 @@ class NarrowWindow {
   }
 
   template <class Store>
-  void attend(Queries queries, const Bounds& bounds, const Keys& keys, Index head, T* weights, Ahead& ahead,
+  void attend(Queries queries, const Bounds& bounds, const Keys& keys, Index head, const Desk& desk, Ahead& ahead,
               Tokens<Scalar> out, Store&& store, double* log_sum_exp) const {
-    const Index width = heads_.value_width();
     const Index first = head / heads_.group() * Keys::capacity + bounds.keys.first;
     const Index count = bounds.keys.count();
     // Where fewer than four queries are left the last one stands in for the others, and is written once.
     const auto row = [&](Index q) { return queries.first + std::min(q, queries.count - 1); };
-    const Scalar* query[queries_at_once];
-    for (Index q = 0; q < queries_at_once; ++q) query[q] = inputs_.query.row(row(q)) + head * heads_.dim;
+    const T* query[queries_at_once];
+    for (Index q = 0; q < queries_at_once; ++q) {
+      query[q] = inputs_.query.row(row(q)) + head * heads_.dim;
+      if (heads_.dim == key_width_) continue;
+      copy_filled(query[q], heads_.dim, desk.query + q * key_width_);
+      query[q] = desk.query + q * key_width_;
+    }
 
-    const Packet<T> max = score(query, keys.key + first * heads_.dim, bounds, keys, weights, ahead);
-    const Packet<T> sum = weigh(weights, count, max);
+    const Packet<T> max = score(query, keys.key + first * key_width_, bounds, keys, desk.weights, ahead);
+    const Packet<T> sum = weigh(desk.weights, count, max);
 
     constexpr Index several = std::max<Index>(lanes<T>, queries_at_once);
     T maxima[several], sums[several];
@@ -187,23 +215,30 @@ class NarrowWindow {
         log_sum_exp[head * inputs_.query.rows() + row(q)] = natural_log_sum_exp(maxima[q], sums[q]);
       }
     }
-    for_each_feature_block<T>(width, [&](auto vectors, Index c) {
+    const Index width = heads_.value_width();
+    const bool whole = width == value_width_;
+    T* result[queries_at_once];
+    for (Index q = 0; q < queries_at_once; ++q) {
+      const bool there = whole && q < queries.count;
+      result[q] = there ? out.row(row(q)) + head * width : desk.out + q * value_width_;
+    }
+    for_each_feature_block<T>(value_width_, [&](auto vectors, Index c) {
       multiply<decltype(vectors)::value>(
-          Broadcast<T>{weights, 1, queries_at_once}, queries_at_once, keys.value + first * width + c, width, count,
-          [](Index, int) { return pset1<Packet<T>>(T(0)); },
+          Broadcast<T>{desk.weights, 1, queries_at_once}, queries_at_once, keys.value + first * value_width_ + c,
+          value_width_, count, [](Index, int) { return pset1<Packet<T>>(T(0)); },
           [&](Index q, int v, const Packet<T>& value) {
-            if (q >= queries.count) return;
             const Index column = c + v * lanes<T>;
-            Packet<T> result = pmul(value, pset1<Packet<T>>(inverse[q]));
-            if (factors_.rows() != 0) result = pmul(result, ploadu<Packet<T>>(factors_.row(head) + column));
-            store(out.row(row(q)) + head * width + column, result);
+            const Packet<T> factor = ploadu<Packet<T>>(desk.factors + head * value_width_ + column);
+            store(result[q] + column, Packet<T>(pmul(pmul(value, pset1<Packet<T>>(inverse[q])), factor)));
           });
     });
+    if (whole) return;
+    for (Index q = 0; q < queries.count; ++q) copy_row(result[q], width, out.row(row(q)) + head * width);
   }
 
   // Scores as [key][query], -infinity where a query does not see a key; and their maxima, that of query q in all lanes
   // that are q modulo 4.
-  Packet<T> score(const Scalar* const (&query)[queries_at_once], const T* keys, const Bounds& bounds, const Keys& tile,
+  Packet<T> score(const T* const (&query)[queries_at_once], const T* keys, const Bounds& bounds, const Keys& tile,
                   T* scores, Ahead& ahead) const {
     const Packet<T> from = ploadu<Packet<T>>(bounds.from);
     const Packet<T> end = ploadu<Packet<T>>(bounds.end);
@@ -213,9 +248,9 @@ class NarrowWindow {
     const Index count = bounds.keys.count();
     for (Index j = 0; j < count; j += keys_at_once) {
       const T* key[keys_at_once];
-      for (Index k = 0; k < keys_at_once; ++k) key[k] = keys + std::min(j + k, count - 1) * heads_.dim;
+      for (Index k = 0; k < keys_at_once; ++k) key[k] = keys + std::min(j + k, count - 1) * key_width_;
       Packet<T> sums[product_packets<T>];
-      multiply_rows<T>(query, key, heads_.dim, sums);
+      multiply_rows<T>(query, key, key_width_, sums);
       for (Index s = 0; s < ahead.steps; ++s) ahead.rows.step();
       const T* place = tile.place + (bounds.keys.first + j) * queries_at_once;
       NEARFAR_UNROLL for (Index p = 0; p < product_packets<T>; ++p) {
@@ -253,6 +288,8 @@ class NarrowWindow {
   T scale_;
   const Inputs<Scalar>& inputs_;
   Tokens<const T> factors_;
+  Index key_width_;
+  Index value_width_;
 };
 
 }  // namespace detail

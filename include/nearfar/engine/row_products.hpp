@@ -4,6 +4,7 @@
 #include <nearfar/detail/simd.hpp>
 #include <nearfar/mask.hpp>
 
+#include <algorithm>
 #include <type_traits>
 
 namespace nearfar {
@@ -26,14 +27,38 @@ inline constexpr int feature_vectors = vector_registers >= 32 ? 4 : 2;
 /// The most keys in a window that is narrow in this sense.
 inline constexpr Index narrow_window = 64;
 
-/// Whether a window is, and heads are whole vectors.
+/// What a row of `width` numbers takes that is filled up to whole vectors.
 template <class T>
-bool meets_by_rows(const Heads& heads, Window window) {
-  return lanes<T> % queries_at_once == 0 && heads.dim % lanes<T> == 0 && heads.value_width() % lanes<T> == 0 &&
-         window.left < narrow_window && window.right < narrow_window && window.left + window.right < narrow_window;
+Index filled_width(Index width) {
+  return round_up(width, lanes<T>);
 }
 
-/// The products of rows of `dim` numbers, whole vectors, each summed over the lanes of its accumulator.
+/// Whether a window is narrow, and narrow enough for its heads: sums across the lanes cost the less the wider a head.
+template <class T>
+bool meets_by_rows(const Heads& heads, Window window) {
+  const Index least = std::min(heads.dim, heads.value_width());
+  const Index most = std::min(narrow_window, filled_width<T>(least) + lanes<T>);
+  return lanes<T> % queries_at_once == 0 && least >= lanes<T> && window.left < most && window.right < most &&
+         window.left + window.right < most;
+}
+
+/// Copies a row of at least one vector, the last vector maybe over a part of the one before.
+template <class T>
+NEARFAR_INLINE void copy_row(const T* from, Index width, T* to) {
+  Index c = 0;
+  for (; c + lanes<T> <= width; c += lanes<T>) pstoreu(to + c, ploadu<Packet<T>>(from + c));
+  if (c < width) pstoreu(to + width - lanes<T>, ploadu<Packet<T>>(from + width - lanes<T>));
+}
+
+/// The same, and fills it up with zeros.
+template <class T>
+NEARFAR_INLINE void copy_filled(const T* from, Index width, T* to) {
+  const Index whole = width / lanes<T> * lanes<T>;
+  if (whole < width) pstoreu(to + whole, pset1<Packet<T>>(T(0)));
+  copy_row(from, width, to);
+}
+
+/// The products of rows of `dim` numbers, filled up, each summed over the lanes of its accumulator.
 template <class T>
 NEARFAR_INLINE void multiply_rows(const T* const (&query)[queries_at_once], const T* const (&key)[keys_at_once],
                                   Index dim, Packet<T> (&products)[product_packets<T>]) {
@@ -52,7 +77,7 @@ NEARFAR_INLINE void multiply_rows(const T* const (&query)[queries_at_once], cons
   NEARFAR_UNROLL for (Index p = 0; p < product_packets<T>; ++p) products[p] = sum_lanes(product + p * lanes<T>);
 }
 
-/// Calls visit(std::integral_constant<int, vectors>, c) for the columns of a row of whole vectors.
+/// Calls visit(std::integral_constant<int, vectors>, c) for the columns of a row that is filled up.
 template <class T, class Visit>
 NEARFAR_INLINE void for_each_feature_block(Index dim, Visit&& visit) {
   Index c = 0;
