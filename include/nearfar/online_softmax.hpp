@@ -27,6 +27,25 @@ double natural_log_sum_exp(T max, T sum) {
   return sum == T(0) ? -infinity<double> : ln_2<double> * double{max} + std::log(double{sum});
 }
 
+/// What the backward pass takes off the scores of a query, in units of log 2, to find its weights again: the
+/// log-sum-exp as a T, and what that lost, which would be a relative error of all of them. A query that saw no key
+/// weighs every key with 2^(s - infinity) = 0.
+template <class T>
+struct Shift {
+  T nearest = infinity<T>;
+  T rest = T(0);
+
+  Shift() = default;
+  explicit Shift(double log_sum_exp) {
+    if (log_sum_exp == -infinity<double>) return;
+    const double exact = log2_e<double> * log_sum_exp;
+    nearest = T(exact);
+    rest = T(exact - double{nearest});
+  }
+
+  bool sees() const { return nearest != infinity<T>; }
+};
+
 /// The softmax of a panel of queries over the keys met so far, one query a lane, as the triple of online softmax:
 ///
 ///   max_i = max_j s_ij      sum_i = sum_j 2^(s_ij - max_i)      value_i = sum_j 2^(s_ij - max_i) v_j

@@ -69,13 +69,10 @@ class GradientTile {
     }
     std::fill_n(grad_query_lanes_, panels() * width * round_up(dim_, group_rows), T(0));
     for (Index i = 0; i < panels() * width; ++i) {
-      // A query that saw nothing, or is not there, weighs every key with 2^(s - infinity) = 0.
-      const bool sees = i < count_ && log_sum_exp[i] != -infinity<double>;
-      const double shift = sees ? log2_e<double> * log_sum_exp[i] : infinity<double>;
-      shift_[i] = T(shift);
-      // What the shift loses as a T would be a relative error of all weights.
-      shift_rest_[i] = sees ? T(shift - double{shift_[i]}) : T(0);
-      delta_[i] = sees ? delta[i] : T(0);
+      const Shift<T> shift = i < count_ ? Shift<T>(log_sum_exp[i]) : Shift<T>();
+      shift_[i] = shift.nearest;
+      shift_rest_[i] = shift.rest;
+      delta_[i] = shift.sees() ? delta[i] : T(0);
     }
   }
 

@@ -128,8 +128,8 @@ class NarrowGradient {
     T* aside;  // for gradients of one group
     T* p;
     T* ds;
-    T* shift;  // of each group of queries on the lanes, over and over: the log-sum-exp in units of log 2
-    T* rest;   // what the shift lost
+    T* shift;  // of each group of queries on the lanes, over and over: their Shift
+    T* rest;
     T* delta;
     T* hidden_keys;  // of each key, four times: -infinity if it may not be seen, else 0
     T* hidden;       // of each pair of groups, by how far they are apart: likewise what the window hides
@@ -199,16 +199,12 @@ class NarrowGradient {
   void take_shifts(Index head, Pairs& pairs) const {
     for (Index i = 0; i < pairs.groups * edge; ++i) {
       const Index at = head * inputs_.query.rows() + pairs.rows.query_begin + pairs.begin + i;
-      // A query that saw nothing, or is not there, weighs every key with 2^(s - infinity) = 0.
-      const bool sees = pairs.holds(pairs.begin + i) && log_sum_exp_[at] != -infinity<double>;
-      const double exact = sees ? log2_e<double> * log_sum_exp_[at] : infinity<double>;
-      const T shift = T(exact);
+      const Shift<T> shift = pairs.holds(pairs.begin + i) ? Shift<T>(log_sum_exp_[at]) : Shift<T>();
       for (Index lane = i % edge; lane < lanes<T>; lane += edge) {
         const Index to = i / edge * lanes<T> + lane;
-        pairs.shift[to] = shift;
-        // What the shift loses as a T would be a relative error of all weights.
-        pairs.rest[to] = sees ? T(exact - double{shift}) : T(0);
-        pairs.delta[to] = sees ? delta_[at] : T(0);
+        pairs.shift[to] = shift.nearest;
+        pairs.rest[to] = shift.rest;
+        pairs.delta[to] = shift.sees() ? delta_[at] : T(0);
       }
     }
   }
