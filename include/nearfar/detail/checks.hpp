@@ -15,26 +15,45 @@ namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
 namespace detail {
 
-/// A part of an error message, as text.
+/// A part of an error message: text, which must outlive it, or a number. Every check makes some and hardly one reads
+/// them, so they become text no sooner than that.
 class MessagePart {
  public:
-  MessagePart(std::string_view text) : text_(text) {}
-  MessagePart(const std::string& text) : text_(text) {}
-  MessagePart(const char* text) : text_(text) {}
-  MessagePart(std::floating_point auto number) : text_(std::to_string(double{number})) {}
-  MessagePart(std::integral auto number) : text_(std::to_string(static_cast<Index>(number))) {}
+  MessagePart(std::string_view text) : kind_(Kind::text), text_(text.data()), size_(text.size()) {}
+  MessagePart(const std::string& text) : MessagePart(std::string_view(text)) {}
+  MessagePart(const char* text) : MessagePart(std::string_view(text)) {}
+  MessagePart(std::floating_point auto number) : kind_(Kind::real), real_(number) {}
+  MessagePart(std::integral auto number) : kind_(Kind::whole), whole_(static_cast<Index>(number)) {}
 
-  const std::string& text() const { return text_; }
+  void append_to(std::string& message) const {
+    switch (kind_) {
+      case Kind::text:
+        message.append(text_, size_);
+        break;
+      case Kind::real:
+        message += std::to_string(real_);
+        break;
+      case Kind::whole:
+        message += std::to_string(whole_);
+        break;
+    }
+  }
 
  private:
-  std::string text_;
+  enum class Kind { text, real, whole } kind_;
+  union {
+    const char* text_;
+    double real_;
+    Index whole_;
+  };
+  std::size_t size_ = 0;
 };
 
 [[noreturn]] inline void refuse(std::string_view mechanism, std::initializer_list<MessagePart> parts) {
   std::string message = "nearfar::";
   message += mechanism;
   message += ": ";
-  for (const MessagePart& part : parts) message += part.text();
+  for (const MessagePart& part : parts) part.append_to(message);
   throw std::invalid_argument(message);
 }
 
