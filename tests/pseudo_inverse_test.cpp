@@ -12,8 +12,7 @@ namespace {
 
 Matrix<double> inverse_of(Matrix<double> matrix, Index expected_rank, double tolerance = 1e-12) {
   detail::Scratch scratch;
-  const detail::Square<double> square(matrix.data(), matrix.rows(), matrix.cols());
-  EXPECT_EQ(detail::pseudo_invert(square, tolerance, scratch), expected_rank);
+  EXPECT_EQ(detail::pseudo_invert(Tokens<double>(matrix), tolerance, scratch), expected_rank);
   return matrix;
 }
 
@@ -54,7 +53,7 @@ TEST(PseudoInverse, PassesNaNOn) {
   auto matrix = Random(1).matrix<double>(4, 4);
   matrix(2, 1) = std::numeric_limits<double>::quiet_NaN();
   detail::Scratch scratch;
-  detail::pseudo_invert(detail::Square<double>(matrix.data(), 4, 4), 1e-12, scratch);
+  detail::pseudo_invert(Tokens<double>(matrix), 1e-12, scratch);
   EXPECT_TRUE(matrix.array().isNaN().all());
 }
 

@@ -40,24 +40,24 @@ template <>
 inline constexpr std::array<std::string_view, 2> enumerator_names<QueryPooling>{"unmasked", "all"};
 
 /// Feature maps by their names: elu+tanh.
-template <>
-struct ValueText<std::vector<AnyFeatureMap>> {
+template <std::same_as<AnyFeatureMap> Map>
+struct ValueText<std::vector<Map>> {
   static std::string expected() { return "feature maps joined by +"; }
 
-  static std::optional<std::vector<AnyFeatureMap>> read(std::string_view text) {
-    std::vector<AnyFeatureMap> maps;
+  static std::optional<std::vector<Map>> read(std::string_view text) {
+    std::vector<Map> maps;
     for (std::optional<std::string_view> rest = text; rest;) {
       const auto [name, further] = cut(*rest, '+');
-      maps.push_back(feature_map_from_name(name));
+      maps.push_back(feature_map_from_name<Map>(name));
       rest = further;
     }
     return maps;
   }
 
-  static std::string print(const std::vector<AnyFeatureMap>& maps) {
+  static std::string print(const std::vector<Map>& maps) {
     std::vector<std::string_view> names;
     names.reserve(maps.size());
-    for (const AnyFeatureMap& map : maps) names.push_back(map.name());
+    for (const Map& map : maps) names.push_back(map.name());
     return joined(names, "+");
   }
 };

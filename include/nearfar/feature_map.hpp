@@ -291,13 +291,14 @@ class AnyFeatureMap {
   std::shared_ptr<const Interface> model_;
 };
 
-/// The built-in feature map of that name. Throws std::invalid_argument, listing the known names, if there is none.
-inline AnyFeatureMap feature_map_from_name(std::string_view name) {
+/// The built-in feature map of that name. Throws std::invalid_argument, listing the known names, if there is none. (A
+/// template so that only a program that asks for a name pays for compiling them all.)
+template <std::same_as<AnyFeatureMap> Map = AnyFeatureMap>
+Map feature_map_from_name(std::string_view name) {
   using namespace feature_map;
-  static const std::array<AnyFeatureMap, 7> known = {Elu{},     EluFlip{},  Tanh{},    Relu{},
-                                                     Sigmoid{}, Softplus{}, Identity{}};
+  static const std::array<Map, 7> known = {Elu{}, EluFlip{}, Tanh{}, Relu{}, Sigmoid{}, Softplus{}, Identity{}};
   std::string names;
-  for (const AnyFeatureMap& map : known) {
+  for (const Map& map : known) {
     if (map.name() == name) return map;
     names += names.empty() ? "" : ", ";
     names += map.name();

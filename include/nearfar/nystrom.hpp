@@ -6,8 +6,10 @@
 #include <nearfar/engine/split_keys.hpp>
 #include <nearfar/engine/window_attention.hpp>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <optional>
 
 namespace nearfar {
@@ -153,8 +155,6 @@ class Nystrom {
     double* log_sum_exp;
   };
 
-  using Double = Eigen::Map<Matrix<double>>;
-
   double scale() const { return detail::scale_or_default(options_.scale, heads_); }
 
   /// Each query head has landmark keys and values of its own.
@@ -180,35 +180,25 @@ class Nystrom {
 
   // The share of one sequence and head in what each landmark has, `width` columns a head.
   template <class S>
-  static typename Tokens<S>::Map share(Tokens<S> tokens, Range landmarks, Index head, Index width) {
-    return tokens.middle_rows(landmarks.first, landmarks.count()).middle_cols(head * width, width).matrix();
-  }
-
-  static Double take(detail::Scratch& scratch, Index rows, Index cols) {
-    return Double(scratch.take<double>(rows * cols), rows, cols);
-  }
-
-  template <class S>
-  static Double take_double(detail::Scratch& scratch, const S& matrix) {
-    Double copy = take(scratch, matrix.rows(), matrix.cols());
-    copy = matrix.template cast<double>();
-    return copy;
+  static Tokens<S> share(Tokens<S> tokens, Range landmarks, Index head, Index width) {
+    return tokens.middle_rows(landmarks.first, landmarks.count()).middle_cols(head * width, width);
   }
 
   // W = A^+ B of one sequence and head.
   void solve(Range landmarks, Index head, const Factors& f, detail::Scratch& scratch) const {
     const Index count = landmarks.count(), dim = heads_.dim, value_dim = heads_.value_width();
-    const Double query = take_double(scratch, share<T>(f.query, landmarks, head, dim));
-    const Double key = take_double(scratch, share<T>(f.key, landmarks, head, dim));
-    const Double out = take_double(scratch, share<T>(f.out, landmarks, head, value_dim));
-    Double inverse = take(scratch, count, count), value = take(scratch, count, value_dim);
-    kernel(query, key, inverse, scratch);
+    const auto take_double = [&](Tokens<const T> of_all, Index width) {
+      return detail::copy_small<double>(scratch, share(of_all, landmarks, head, width));
+    };
+    const Tokens<double> key = detail::transpose_small(scratch, take_double(f.key, dim));
+    const Tokens<double> inverse = kernel(take_double(f.query, dim), key, scratch);
     detail::pseudo_invert(inverse, tolerance(), scratch);
-    value = inverse.lazyProduct(out);
-    share<T>(f.value, landmarks, head, value_dim) = value.template cast<T>();
-    if (f.inverse.data() != nullptr) {
-      share<double>(f.inverse, landmarks, head, options_.landmarks).leftCols(count) = inverse;
-    }
+    const Tokens<double> out = take_double(f.out, value_dim);
+    const Tokens<double> value = detail::take_product(scratch, detail::rows_of(inverse), count, out);
+    detail::copy_entries(Tokens<const double>(value), share(f.value, landmarks, head, value_dim));
+    if (f.inverse.data() == nullptr) return;
+    detail::copy_entries(Tokens<const double>(inverse),
+                         share(f.inverse, landmarks, head, options_.landmarks).middle_cols(0, count));
   }
 
   struct KernelGradients {
@@ -225,60 +215,73 @@ class Nystrom {
   // has only the first term.
   void solve_backward(Range landmarks, Index head, const Saved& saved, Tokens<const T> grad_value,
                       const KernelGradients& grad, detail::Scratch& scratch) const {
+    using Small = Tokens<double>;
+    using detail::add_product, detail::cols_of, detail::rows_of, detail::transpose_small;
     const Index count = landmarks.count(), dim = heads_.dim, value_dim = heads_.value_width();
-    const auto square = [&] { return take(scratch, count, count); };
-    const Double query = take_double(scratch, share<const T>(saved.landmark_query, landmarks, head, dim));
-    const Double key = take_double(scratch, share<const T>(saved.landmark_key, landmarks, head, dim));
-    const Double out = take_double(scratch, share<const T>(saved.landmark_out, landmarks, head, value_dim));
-    const Double grad_w = take_double(scratch, share<const T>(grad_value, landmarks, head, value_dim));
-    Double a = square(), p = square(), grad_p = square(), grad_a = square(), product = square();
-    p = share<const double>(saved.inverse, landmarks, head, options_.landmarks).leftCols(count);
-    kernel(query, key, a, scratch);
+    const auto take_double = [&](Tokens<const T> of_all, Index width) {
+      return detail::copy_small<double>(scratch, share(of_all, landmarks, head, width));
+    };
+    const auto product = [&](detail::Broadcast<double> a, Small b, double factor = 1) {
+      return detail::take_product(scratch, a, count, b, factor);
+    };
+    const Small query = take_double(saved.landmark_query, dim), key = take_double(saved.landmark_key, dim);
+    const Small out = take_double(saved.landmark_out, value_dim), grad_w = take_double(grad_value, value_dim);
+    const Small a = kernel(query, transpose_small(scratch, key), scratch);
+    const Small p = detail::copy_small<double>(
+        scratch, share(Tokens<const double>(saved.inverse), landmarks, head, options_.landmarks).middle_cols(0, count));
+    const Small p_transposed = transpose_small(scratch, p);
 
-    Double grad_b = take(scratch, count, value_dim);
-    grad_b = p.transpose().lazyProduct(grad_w);
-    share<T>(grad.out, landmarks, head, value_dim) = grad_b.template cast<T>();
-    grad_p = grad_w.lazyProduct(out.transpose());
-    product = p.transpose().lazyProduct(grad_p);
-    grad_a = -product.lazyProduct(p.transpose());
+    const Small grad_b = product(cols_of(p), grad_w);
+    const Small grad_p = product(rows_of(grad_w), transpose_small(scratch, out));
+    const Small grad_a = product(rows_of(product(cols_of(p), grad_p)), p_transposed, -1);
     // The trace of the projector P A is the rank.
-    if (std::lround(p.cwiseProduct(a.transpose()).sum()) < count) {
-      Double projector = square(), gram = square();
-      const auto complement = [&] { projector = Matrix<double>::Identity(count, count) - projector; };
-      projector = a.lazyProduct(p);
-      complement();
-      product = projector.lazyProduct(grad_p.transpose());
-      gram = p.lazyProduct(p.transpose());
-      grad_a += product.lazyProduct(gram);
-      projector = p.lazyProduct(a);
-      complement();
-      product = grad_p.transpose().lazyProduct(projector);
-      gram = p.transpose().lazyProduct(p);
-      grad_a += gram.lazyProduct(product);
+    double trace = 0;
+    for (Index i = 0; i < count; ++i) {
+      for (Index j = 0; j < count; ++j) trace += p(i, j) * a(j, i);
+    }
+    if (std::lround(trace) < count) {
+      const auto complement = [&](Small x, Small y) {
+        const Small projector = product(rows_of(x), y, -1);
+        for (Index i = 0; i < count; ++i) projector(i, i) += 1;
+        return projector;
+      };
+      const Small left = product(rows_of(complement(a, p)), transpose_small(scratch, grad_p));
+      add_product(rows_of(left), product(rows_of(p), p_transposed), grad_a);
+      const Small right = product(cols_of(grad_p), complement(p, a));
+      add_product(rows_of(product(cols_of(p), p)), right, grad_a);
     }
 
     // Through the softmax of each row.
     for (Index i = 0; i < count; ++i) {
-      const double delta = a.row(i).dot(grad_a.row(i));
-      grad_a.row(i).array() = scale() * a.row(i).array() * (grad_a.row(i).array() - delta);
+      const double delta = std::inner_product(a.row(i), a.row(i) + count, grad_a.row(i), 0.0);
+      for (Index j = 0; j < count; ++j) grad_a(i, j) = scale() * a(i, j) * (grad_a(i, j) - delta);
     }
-    Double grad_landmark = take(scratch, count, dim);
-    grad_landmark = grad_a.lazyProduct(key);
-    share<T>(grad.query, landmarks, head, dim) = grad_landmark.template cast<T>();
-    grad_landmark = grad_a.transpose().lazyProduct(query);
-    share<T>(grad.key, landmarks, head, dim) += grad_landmark.template cast<T>();
+    const auto write = [&](Small gradient, Tokens<T> of_all, Index width) {
+      detail::copy_entries(Tokens<const double>(gradient), share(of_all, landmarks, head, width));
+    };
+    const Small grad_key = take_double(grad.key, dim);
+    add_product(cols_of(grad_a), query, grad_key);
+    write(grad_b, grad.out, value_dim);
+    write(product(rows_of(grad_a), key), grad.query, dim);
+    write(grad_key, grad.key, dim);
   }
 
   // A = softmax(scale * Ql Kl^T) of one sequence and head.
-  void kernel(const Double& query, const Double& key, Double& a, detail::Scratch& scratch) const {
-    Double key_transposed = take(scratch, key.cols(), key.rows());
-    key_transposed = key.transpose();
-    a = query.lazyProduct(key_transposed);
-    for (Index i = 0; i < a.rows(); ++i) {
-      auto row = a.row(i).array();
-      row = (scale() * (row - row.maxCoeff())).exp();
-      row /= row.sum();
+  Tokens<double> kernel(Tokens<double> query, Tokens<double> key_transposed, detail::Scratch& scratch) const {
+    using P = detail::Packet<double>;
+    const Index count = query.rows();
+    const Tokens<double> a = detail::take_product(scratch, detail::rows_of(query), count, key_transposed, scale());
+    for (Index i = 0; i < count; ++i) {
+      double* const row = a.row(i);
+      const double max = *std::max_element(row, row + count);
+      for (Index j = 0; j < count; j += detail::lanes<double>) {
+        using namespace Eigen::internal;
+        pstoreu(row + j, pexp(psub(ploadu<P>(row + j), pset1<P>(max))));
+      }
+      const double share = 1 / std::accumulate(row, row + count, 0.0);
+      for (Index j = 0; j < count; ++j) row[j] *= share;
     }
+    return a;
   }
 
   void check_saved(const Saved& saved, Index landmarks, Index tokens) const {

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <charconv>
-#include <locale>
 #include <optional>
 #include <span>
 #include <sstream>
@@ -74,22 +73,23 @@ std::string joined(const Words& words, std::string_view separator = ", ") {
 }
 
 /// How the values of a type are written. A specialisation says what a value is (for errors), reads one, or nothing
-/// where the text is none, and prints one such that reading it gives the same.
+/// where the text is none, and prints one such that reading it gives the same. (They are templates so that only a
+/// program that reads lines pays for compiling them.)
 template <class Value>
 struct ValueText;
 
-template <>
-struct ValueText<Index> {
+template <std::integral Whole>
+struct ValueText<Whole> {
   static std::string expected() { return "a whole number"; }
 
-  static std::optional<Index> read(std::string_view text) {
-    Index value = 0;
+  static std::optional<Whole> read(std::string_view text) {
+    Whole value = 0;
     const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
     if (error != std::errc{} || end != text.data() + text.size()) return std::nullopt;
     return value;
   }
 
-  static std::string print(Index value) { return std::to_string(value); }
+  static std::string print(Whole value) { return std::to_string(value); }
 };
 
 template <>
@@ -106,21 +106,21 @@ struct ValueText<bool> {
 };
 
 // Streams of the classic locale, because not every standard library converts double by <charconv>.
-template <>
-struct ValueText<double> {
+template <std::floating_point Real>
+struct ValueText<Real> {
   static std::string expected() { return "a number"; }
 
-  static std::optional<double> read(std::string_view text) {
+  static std::optional<Real> read(std::string_view text) {
     std::istringstream stream{std::string(text)};
     stream.imbue(std::locale::classic());
-    double value = 0;
+    Real value = 0;
     stream >> std::noskipws >> value;
     if (stream.fail() || stream.peek() != std::istringstream::traits_type::eof()) return std::nullopt;
     return value;
   }
 
   /// In as few digits as give the same number again: 0.5, 1e-6.
-  static std::string print(double value) {
+  static std::string print(Real value) {
     std::string text;
     for (int digits = 1; digits <= 17 && read(text) != value; ++digits) {
       std::ostringstream stream;

@@ -1,18 +1,43 @@
 #pragma once
 
-#include <nearfar/detail/scratch.hpp>
+#include <nearfar/engine/small_matrix.hpp>
 
-#include <Eigen/Core>
-
+#include <algorithm>
+#include <cmath>
+#include <numeric>
 #include <type_traits>
+#include <utility>
 
 namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
 namespace detail {
 
-/// A square matrix of numbers that somebody else holds, one row after another.
-template <class Real>
-using Square = Eigen::Map<Matrix<Real>>;
+/// The largest entry, by its absolute value, of the rows and columns from k on, and where it stands.
+template <class T>
+T find_pivot(Tokens<T> a, Index k, Index& pivot_row, Index& pivot_col) {
+  T largest = -1;
+  for (Index i = k; i < a.rows(); ++i) {
+    const T* const row = a.row(i) + k;
+    const Index count = a.cols() - k;
+    Packet<T> most = pset1<Packet<T>>(T(0));
+    T of_row = 0;
+    for_each_packet<T>(count, [&](auto by, Index c) {
+      using V = typename decltype(by)::template Of<T>;
+      const V size = Eigen::internal::pabs(ploadu<V>(row + c));
+      if constexpr (sizeof(V) == sizeof(T)) {
+        of_row = std::max(of_row, T(size));
+      } else {
+        most = pmax(most, size);
+      }
+    });
+    of_row = std::max(of_row, Eigen::internal::predux_max(most));
+    if (of_row <= largest) continue;
+    largest = of_row;
+    pivot_row = i;
+    pivot_col = k + (std::find_if(row, row + count, [&](T x) { return std::abs(x) == of_row; }) - row);
+  }
+  return largest;
+}
 
 /// Replaces A by its Moore-Penrose inverse, in place, and returns the rank it was given.
 ///
@@ -27,59 +52,75 @@ using Square = Eigen::Map<Matrix<Real>>;
 ///   A^+ = [I; Y^T] (I + Y Y^T)^-1 A11^-1 (I + X^T X)^-1 [I X^T],
 ///
 /// which is A^-1 = A11^-1 where k is the size of A. Time r^3 multiply-adds for an r x r matrix of full rank; allocates
-/// nothing beside scratch. A matrix with NaN gives NaN.
-template <class Real>
-Index pseudo_invert(Square<Real> a, std::type_identity_t<Real> tolerance, Scratch& scratch) {
+/// nothing beside scratch. A matrix with NaN or an infinity gives NaN.
+template <class T>
+Index pseudo_invert(Tokens<T> a, std::type_identity_t<T> tolerance, Scratch& scratch) {
   const Scratch::Scope scope(scratch);
   const Index size = a.rows();
+  T nothing = 0;
+  for (Index i = 0; i < size; ++i) nothing += T(0) * std::accumulate(a.row(i), a.row(i) + size, T(0));
+  if (nothing != T(0)) {
+    for (Index i = 0; i < size; ++i) std::fill_n(a.row(i), size, nothing);
+    return size;
+  }
+  const auto swap_rows = [&](Index i, Index k) {
+    if (i != k) std::swap_ranges(a.row(i), a.row(i) + size, a.row(k));
+  };
+  const auto swap_cols = [&](Index c, Index k) {
+    for (Index i = 0; i < size; ++i) std::swap(a(i, c), a(i, k));
+  };
   Index* pivot_row = scratch.take<Index>(size);
   Index* pivot_col = scratch.take<Index>(size);
-  Real threshold = 0;
+  T threshold = 0;
   Index rank = 0;
   for (; rank < size; ++rank) {
     const Index k = rank;
-    const Real largest = a.bottomRightCorner(size - k, size - k).cwiseAbs().maxCoeff(&pivot_row[k], &pivot_col[k]);
+    const T largest = find_pivot(a, k, pivot_row[k], pivot_col[k]);
     if (k == 0) threshold = tolerance * largest;
     if (largest <= threshold) break;
-    a.row(k).swap(a.row(pivot_row[k] += k));
-    a.col(k).swap(a.col(pivot_col[k] += k));
-    const Real inverse = 1 / a(k, k);
+    swap_rows(k, pivot_row[k]);
+    swap_cols(k, pivot_col[k]);
+    const T inverse = 1 / a(k, k);
     a(k, k) = 1;
-    a.row(k) *= inverse;
+    T* const pivots = a.row(k);
+    for (Index c = 0; c < size; ++c) pivots[c] *= inverse;
     for (Index i = 0; i < size; ++i) {
       if (i == k) continue;
-      const Real factor = a(i, k);
-      a(i, k) = 0;
-      a.row(i) -= factor * a.row(k);
+      T* const row = a.row(i);
+      const T factor = -std::exchange(row[k], T(0));
+      for_each_packet<T>(size, [&](auto by, Index c) {
+        using V = typename decltype(by)::template Of<T>;
+        pstoreu(row + c, pmadd(pset1<V>(factor), ploadu<V>(pivots + c), ploadu<V>(row + c)));
+      });
     }
   }
-  const Index rest = size - rank;
-  if (rest > 0) {
-    const auto square = [&] { return Square<Real>(scratch.take<Real>(rank * rank), rank, rank); };
-    const auto y = a.topRightCorner(rank, rest);
-    const auto minus_x = a.bottomLeftCorner(rest, rank);
-    Square<Real> rows = square(), cols = square(), half = square();
-    rows = y.lazyProduct(y.transpose());
-    cols = minus_x.transpose().lazyProduct(minus_x);
-    for (Square<Real>* gram : {&rows, &cols}) {
-      gram->diagonal().array() += 1;
-      pseudo_invert(*gram, 0, scratch);
+  if (rank < size) {
+    const Index rest = size - rank;
+    const auto block = [&](Index row, Index rows, Index col, Index cols) {
+      return a.middle_rows(row, rows).middle_cols(col, cols);
+    };
+    const auto copy = [&](Tokens<const T> part) { return copy_small<T>(scratch, part); };
+    const Tokens<T> a11 = copy(block(0, rank, 0, rank));
+    const Tokens<T> y = copy(block(0, rank, rank, rest)), y_transposed = transpose_small(scratch, y);
+    const Tokens<T> minus_x = copy(block(rank, rest, 0, rank)), minus_x_transposed = transpose_small(scratch, minus_x);
+    const Tokens<T> rows = take_product(scratch, rows_of(y), rank, y_transposed);
+    const Tokens<T> cols = take_product(scratch, cols_of(minus_x), rank, minus_x);
+    for (const Tokens<T>& gram : {rows, cols}) {
+      for (Index i = 0; i < rank; ++i) gram(i, i) += 1;
+      pseudo_invert(gram, 0, scratch);
     }
-    half = rows.lazyProduct(a.topLeftCorner(rank, rank));
-    a.topLeftCorner(rank, rank) = half.lazyProduct(cols);
-    // Y and X stand where their products belong: those wait until nothing reads Y and X any more.
-    half = a.topLeftCorner(rank, rank);
-    Eigen::Map<Matrix<Real>> below(scratch.take<Real>(rest * rank), rest, rank);
-    Eigen::Map<Matrix<Real>> beside(scratch.take<Real>(rank * rest), rank, rest);
-    below = y.transpose().lazyProduct(half);
-    beside = -half.lazyProduct(minus_x.transpose());
-    a.bottomRightCorner(rest, rest) = -below.lazyProduct(minus_x.transpose());
-    a.bottomLeftCorner(rest, rank) = below;
-    a.topRightCorner(rank, rest) = beside;
+    const Tokens<T> half = take_product(scratch, rows_of(rows), rank, a11);
+    const Tokens<T> core = take_product(scratch, rows_of(half), rank, cols);
+    const Tokens<T> below = take_product(scratch, cols_of(y), rest, core);
+    const auto write = [](Tokens<const T> part, Tokens<T> to) { copy_entries(part, to); };
+    write(core, block(0, rank, 0, rank));
+    write(below, block(rank, rest, 0, rank));
+    write(take_product(scratch, rows_of(core), rank, minus_x_transposed, -1), block(0, rank, rank, rest));
+    write(take_product(scratch, rows_of(below), rest, minus_x_transposed, -1), block(rank, rest, rank, rest));
   }
   for (Index k = rank; k-- > 0;) {
-    a.row(k).swap(a.row(pivot_col[k]));
-    a.col(k).swap(a.col(pivot_row[k]));
+    swap_rows(k, pivot_col[k]);
+    swap_cols(k, pivot_row[k]);
   }
   return rank;
 }
