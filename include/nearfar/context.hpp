@@ -87,24 +87,16 @@ class Work {
 
   /// Runs task(index, scratch) for each index in [0, count), in any order and on any thread; what a task takes of its
   /// scratch is given back when it ends.
-  template <class Task>
-  void for_each(Index count, Task&& task) {
-    run(count, &task, [](void* object, Index index, Scratch& scratch) {
-      (*static_cast<std::remove_reference_t<Task>*>(object))(index, scratch);
-    });
-  }
-
- private:
-  // One function runs tasks of all types: what does not depend on them is compiled once.
-  void run(Index count, void* task, void (*call)(void*, Index, Scratch&)) {
+  void for_each(Index count, FunctionRef<void(Index, Scratch&)> task) {
     context_.crew_.run(count, [&](Index index, int worker) {
       Scratch& scratch = context_.scratch_[static_cast<std::size_t>(worker)];
       const Scratch::Scope scope(scratch);
-      call(task, index, scratch);
+      task(index, scratch);
     });
     level();
   }
 
+ private:
   // Which thread met the largest task is chance, so all hold what the largest needed: the next call allocates nothing.
   void level() {
     std::size_t most = 0;

@@ -3,6 +3,7 @@
 #include <nearfar/detail/checks.hpp>
 #include <nearfar/detail/exp.hpp>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <concepts>
@@ -266,20 +267,20 @@ class AnyFeatureMap {
     if constexpr (requires { Map::on_packets; }) {
       using P = detail::Packet<T>;
       constexpr Index width = detail::lanes<T>;
-      const Index full = cols / width * width;
+      T last_x[width]{}, last_y[width]{};
       for (Index r = 0; r < rows; ++r) {
-        const T* from = x + r * x_stride;
-        T* to = y + r * y_stride;
-        for (Index c = 0; c < full; c += width) {
-          detail::pstoreu(to + c, function(detail::ploadu<P>(from + c), detail::ploadu<P>(to + c)));
+        for (Index c = 0; c < cols; c += width) {
+          const T* from = x + r * x_stride + c;
+          T* to = y + r * y_stride + c;
+          const Index count = std::min(width, cols - c);
+          if (count < width) {
+            std::copy_n(std::exchange(from, last_x), count, last_x);
+            std::copy_n(to, count, last_y);
+            to = last_y;
+          }
+          detail::pstoreu(to, function(detail::ploadu<P>(from), detail::ploadu<P>(to)));
+          if (count < width) std::copy_n(last_y, count, y + r * y_stride + c);
         }
-      }
-      for (Index r = 0; r < rows && full < cols; ++r) {
-        std::array<T, width> last_x{}, last_y{};
-        std::copy_n(x + r * x_stride + full, cols - full, last_x.begin());
-        std::copy_n(y + r * y_stride + full, cols - full, last_y.begin());
-        detail::pstoreu(last_y.data(), function(detail::ploadu<P>(last_x.data()), detail::ploadu<P>(last_y.data())));
-        std::copy_n(last_y.begin(), cols - full, y + r * y_stride + full);
       }
     } else {
       for (Index r = 0; r < rows; ++r) {

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <nearfar/detail/exp.hpp>
+#include <nearfar/detail/stores.hpp>
 
 #include <algorithm>
 #include <cmath>
@@ -57,6 +58,9 @@ template <class T, int Vectors>
 struct OnlineSoftmax {
   static constexpr Index width = Vectors * lanes<T>;
 
+  /// Keys are weighed in groups of so many.
+  static constexpr int group = vector_registers >= 32 ? 8 : 4;
+
   T* max;    // width
   T* sum;    // width
   T* value;  // value_dim x width
@@ -68,9 +72,9 @@ struct OnlineSoftmax {
     std::fill_n(value, value_dim * width, T(0));
   }
 
-  /// Takes the maximum of further scores of vector v (`count` keys, a row of `width` each) into the triple's maximum,
-  /// replaces each score by 2^(score - maximum), adds these to the sum, and returns the factor by which the old value
-  /// shrinks.
+  /// Takes the maximum of further scores of vector v (`count` keys, in whole groups, a row of `width` each) into the
+  /// triple's maximum, replaces each score by 2^(score - maximum), adds these to the sum, and returns the factor by
+  /// which the old value shrinks.
   NEARFAR_INLINE Packet<T> update(int v, T* scores, Index count, const Packet<T>& new_max) {
     const Packet<T> old = ploadu<Packet<T>>(max + v * lanes<T>);
     const Packet<T> larger = pmax(old, new_max);
@@ -80,10 +84,7 @@ struct OnlineSoftmax {
     const Packet<T> shift = pselect(pcmp_eq(larger, none), pset1<Packet<T>>(T(0)), larger);
     const Packet<T> correction = exp2<T>(psub(old, shift));
     Packet<T> total = pset1<Packet<T>>(T(0));
-    constexpr int rows = vector_registers >= 32 ? 8 : 4;
-    Index j = 0;
-    for (; j + rows <= count; j += rows) weigh<rows>(scores + v * lanes<T> + j * width, shift, total);
-    for (; j < count; ++j) weigh<1>(scores + v * lanes<T> + j * width, shift, total);
+    for (Index j = 0; j < count; j += group) weigh(scores + v * lanes<T> + j * width, shift, total);
     // Each tile's sum starts at zero and joins by one multiply-add: short sums keep the rounding errors small.
     T* s = sum + v * lanes<T>;
     pstoreu(s, pmadd(ploadu<Packet<T>>(s), correction, total));
@@ -93,8 +94,8 @@ struct OnlineSoftmax {
   /// Writes the attention of `count` queries, value / sum, to the rows of out, and where `log_sum_exp` is not null its
   /// natural logarithm form beside. `factor` multiplies each feature, unless null. A query that saw no key gets zeros
   /// and -infinity. Vectors are written by store(to, packet). Uses up the triple.
-  template <class Out, class Store>
-  void finish(Index count, Out* out, Index out_stride, double* log_sum_exp, const T* factor, Store&& store) {
+  template <class Out>
+  void finish(Index count, Out* out, Index out_stride, double* log_sum_exp, const T* factor, KeepOrPastCaches store) {
     for (Index i = 0; i < count; ++i) {
       if (log_sum_exp != nullptr) {
         log_sum_exp[i] = natural_log_sum_exp(max[i], sum[i]);
@@ -113,13 +114,12 @@ struct OnlineSoftmax {
   }
 
  private:
-  // Turns Rows vectors of scores into weights 2^(score - shift), and adds these to the total.
-  template <int Rows>
+  // Turns vectors of scores into weights 2^(score - shift), and adds these to the total.
   NEARFAR_INLINE static void weigh(T* scores, const Packet<T>& shift, Packet<T>& total) {
-    Packet<T> weight[Rows];
-    NEARFAR_UNROLL for (int i = 0; i < Rows; ++i) weight[i] = psub(ploadu<Packet<T>>(scores + i * width), shift);
+    Packet<T> weight[group];
+    NEARFAR_UNROLL for (int i = 0; i < group; ++i) weight[i] = psub(ploadu<Packet<T>>(scores + i * width), shift);
     exp2<T>(weight);
-    NEARFAR_UNROLL for (int i = 0; i < Rows; ++i) {
+    NEARFAR_UNROLL for (int i = 0; i < group; ++i) {
       pstoreu(scores + i * width, weight[i]);
       total = padd(total, weight[i]);
     }

@@ -22,7 +22,7 @@ class Lookahead {
 
   /// What comes after as many calls as there is room for is not fetched ahead: that costs time, never a result.
   template <class T>
-  void add(const T* data, Index stride, Index rows, Index cols) {
+  NEARFAR_NO_INLINE void add(const T* data, Index stride, Index rows, Index cols) {
     if (rows <= 0 || regions_ == static_cast<int>(region_.size())) return;
     region_[static_cast<std::size_t>(regions_++)] = {reinterpret_cast<const char*>(data), stride * Index{sizeof(T)},
                                                      rows, cols * Index{sizeof(T)}};

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <nearfar/detail/function_ref.hpp>
 #include <nearfar/detail/scratch.hpp>
 
 #include <atomic>
@@ -21,10 +22,12 @@ namespace detail {
 /// task is left to chance: tasks must not depend on it.
 class Crew {
  public:
-  explicit Crew(int size) {
-    threads_.reserve(static_cast<std::size_t>(size - 1));
+  explicit Crew(int size) : threads_(static_cast<std::size_t>(size - 1)) {
     try {
-      for (int worker = 1; worker < size; ++worker) threads_.emplace_back([this, worker] { serve(worker); });
+      for (int worker = 1; std::thread & thread : threads_) {
+        thread = std::thread([this, worker] { serve(worker); });
+        ++worker;
+      }
     } catch (...) {
       dismiss();
       throw;
@@ -39,16 +42,13 @@ class Crew {
 
   /// Runs task(index, worker) once for each index in [0, count), worker in [0, size). Throws the first exception that a
   /// task threw, after all threads have stopped.
-  template <class Task>
-  void run(Index count, Task&& task) {
+  void run(Index count, FunctionRef<void(Index, int)> task) {
     if (count <= 0) return;
     if (count == 1 || threads_.empty()) {
       for (Index index = 0; index < count; ++index) task(index, 0);
       return;
     }
-    Job job{count, &task, [](void* object, Index index, int worker) {
-              (*static_cast<std::remove_reference_t<Task>*>(object))(index, worker);
-            }};
+    Job job{count, task};
     {
       std::lock_guard lock(mutex_);
       job_ = &job;
@@ -65,8 +65,7 @@ class Crew {
  private:
   struct Job {
     Index count;
-    void* object;
-    void (*call)(void*, Index, int);
+    FunctionRef<void(Index, int)> task;
     std::atomic<Index> next{0};
     std::exception_ptr error{};
     std::atomic_flag failed{};
@@ -75,7 +74,7 @@ class Crew {
   static void work(Job& job, int worker) {
     try {
       for (Index index; (index = job.next.fetch_add(1, std::memory_order_relaxed)) < job.count;) {
-        job.call(job.object, index, worker);
+        job.task(index, worker);
       }
     } catch (...) {
       if (!job.failed.test_and_set()) job.error = std::current_exception();
@@ -105,7 +104,9 @@ class Crew {
       dismissed_ = true;
     }
     wake_.notify_all();
-    for (std::thread& thread : threads_) thread.join();
+    for (std::thread& thread : threads_) {
+      if (thread.joinable()) thread.join();
+    }
   }
 
   std::mutex mutex_;

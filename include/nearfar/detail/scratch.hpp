@@ -43,21 +43,11 @@ class Scratch {
   template <class T>
   T* take(Index count) {
     static_assert(std::is_trivially_copyable_v<T>);
-    const std::size_t bytes = round_up(static_cast<std::size_t>(count) * sizeof(T));
-    while (block_ < blocks_.size() && used_ + bytes > blocks_[block_].size) {
-      ++block_;
-      used_ = 0;
-    }
-    if (block_ == blocks_.size()) {
-      blocks_.emplace_back(std::max(bytes, blocks_.empty() ? smallest_block : 2 * blocks_.back().size));
-    }
-    std::byte* start = blocks_[block_].data + used_;
-    used_ += bytes;
-    return reinterpret_cast<T*>(start);
+    return reinterpret_cast<T*>(take_bytes(round_up(static_cast<std::size_t>(count) * sizeof(T))));
   }
 
   /// Holds at least `bytes` from now on. Only while nothing is taken.
-  void reserve(std::size_t bytes) {
+  void reserve(const std::size_t bytes) {
     if (this->bytes() >= bytes) return;
     blocks_.clear();
     blocks_.emplace_back(bytes);
@@ -87,6 +77,19 @@ class Scratch {
     std::byte* data;
     std::size_t size;
   };
+
+  std::byte* take_bytes(const std::size_t bytes) {
+    while (block_ < blocks_.size() && used_ + bytes > blocks_[block_].size) {
+      ++block_;
+      used_ = 0;
+    }
+    if (block_ == blocks_.size()) {
+      blocks_.emplace_back(std::max(bytes, blocks_.empty() ? smallest_block : 2 * blocks_.back().size));
+    }
+    std::byte* start = blocks_[block_].data + used_;
+    used_ += bytes;
+    return start;
+  }
 
   // One line of padding between neighbours, so that arrays of a power of two do not share their cache sets.
   static std::size_t round_up(std::size_t bytes) { return (bytes + alignment - 1) / alignment * alignment + alignment; }

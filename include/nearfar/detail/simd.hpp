@@ -8,10 +8,13 @@
 #include <numeric>
 #include <utility>
 
+// And what stands beside the loops that take the time is compiled once, not wherever it is called.
 #if defined(_MSC_VER) && !defined(__clang__)
 #define NEARFAR_INLINE __forceinline
+#define NEARFAR_NO_INLINE __declspec(noinline)
 #else
 #define NEARFAR_INLINE [[gnu::always_inline]] inline
+#define NEARFAR_NO_INLINE [[gnu::noinline]]
 #endif
 
 // Loops over the registers of a tile must vanish at every optimisation level, or the tile lives in memory.
@@ -105,15 +108,13 @@ NEARFAR_INLINE void for_each_packet(Index count, Body&& body) {
   for (; c < count; ++c) body(ByNumbers{}, c);
 }
 
-/// to(c, r) = scale * from(r, c) for one square block of as many rows as a packet has lanes, by store(to, packet).
-template <class P, class T, class Store>
-NEARFAR_INLINE void transpose_block(const T* from, Index from_stride, const P& scale, T* to, Index to_stride,
-                                    Store&& store) {
-  constexpr int width = Eigen::internal::unpacket_traits<P>::size;
-  Eigen::internal::PacketBlock<P, width> block;
-  for (int i = 0; i < width; ++i) block.packet[i] = pmul(ploadu<P>(from + i * from_stride), scale);
-  if constexpr (width > 1) ptranspose(block);
-  for (int i = 0; i < width; ++i) store(to + i * to_stride, block.packet[i]);
+/// to[c] = f(from[c]...) for the numbers 0 .. count - 1 of rows, of which one may be `to` itself.
+template <class T, class F, class... From>
+NEARFAR_INLINE void combine(Index count, T* to, F&& f, const From*... from) {
+  for_each_packet<T>(count, [&](auto by, Index c) {
+    using V = typename decltype(by)::template Of<T>;
+    pstoreu(to + c, V(f(ploadu<V>(from + c)...)));
+  });
 }
 
 #if defined(__GNUC__)
@@ -186,31 +187,6 @@ NEARFAR_INLINE P fold_across(P a, Op&& op) {
   } else {
     return fold_across<2 * Period>(op(a, rotate<Period>(a, std::make_index_sequence<width>{})), op);
   }
-}
-
-/// to(c, r) = factor * from(r, c) for a rows x cols matrix. Vectors are written by store(to, packet).
-template <class T, class Store>
-void transpose(const T* from, Index from_stride, Index rows, Index cols, T factor, T* to, Index to_stride,
-               Store&& store) {
-  constexpr Index width = lanes<T>;
-  const Packet<T> scale = pset1<Packet<T>>(factor);
-  for (Index r = 0; r < rows; r += width) {
-    Index c = 0;
-    if (r + width <= rows) {
-      for (; c + width <= cols; c += width) {
-        transpose_block(from + r * from_stride + c, from_stride, scale, to + c * to_stride + r, to_stride, store);
-      }
-    }
-    for (Index i = r; i < std::min(r + width, rows); ++i) {
-      for (Index j = c; j < cols; ++j) to[j * to_stride + i] = factor * from[i * from_stride + j];
-    }
-  }
-}
-
-template <class T>
-void transpose(const T* from, Index from_stride, Index rows, Index cols, T factor, T* to, Index to_stride) {
-  transpose(from, from_stride, rows, cols, factor, to, to_stride,
-            [](T* at, const Packet<T>& numbers) { pstoreu(at, numbers); });
 }
 
 }  // namespace detail

@@ -69,7 +69,7 @@ class KeyTile {
   }
 
   /// The keys that stand in a range of positions, as a range of places in this tile.
-  Range within(Range positions) const {
+  NEARFAR_NO_INLINE Range within(Range positions) const {
     if (count_ == 0) return {};
     return {place_of(positions.first), place_of(positions.end)};
   }

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <nearfar/detail/function_ref.hpp>
 #include <nearfar/detail/lookahead.hpp>
 #include <nearfar/detail/stores.hpp>
 #include <nearfar/engine/key_tile.hpp>
@@ -26,6 +27,7 @@ template <class T>
 class QueryTile {
  public:
   using Panel = OnlineSoftmax<T, panel_vectors>;
+  static_assert(group_rows % Panel::group == 0);
   static constexpr Index width = Panel::width;
 
   /// Room for `capacity` queries of `dim` features against values of `value_dim`.
@@ -53,30 +55,18 @@ class QueryTile {
   /// Attends to the keys of the tile that the band, or whatever else answers as Band does, lets each query see. Keys
   /// that some vectors of a panel alone can see do not meet the others.
   template <class Band>
-  void visit(KeyTile<T>& keys, const Band& band) {
+  NEARFAR_NO_INLINE void visit(KeyTile<T>& keys, const Band& band) {
     keys.complete();
     for (Index p = 0; p < panels(); ++p) {
-      const PanelKeys seen(keys, band, first_ + p * width, in_panel(p));
       Packet<T> max[panel_vectors];
       std::fill_n(max, panel_vectors, pset1<Packet<T>>(-infinity<T>));
-      seen.for_each_stretch([&](auto vectors, int vector, Range range, Range all) {
-        score<vectors>(p, vector, keys, {range.first, all.first});
-        score<vectors>(p, vector, keys, all, max);
-        score<vectors>(p, vector, keys, {all.end, range.end});
+      const auto hide_edges = [&](int vector, int vectors, Range range, Range all) {
         for (int v = vector; v < vector + vectors; ++v) {
           hide(LaneMask<T, Band>{band, keys, first_ + p * width + v * lanes<T>}, range, all, scores_ + v * lanes<T>,
                width, [&](const Packet<T>& masked) { max[v] = pmax(max[v], masked); });
         }
-      });
-      Panel softmax = panel(p);
-      Packet<T> factor[panel_vectors];
-      for (int v = 0; v < panel_vectors; ++v) {
-        const Range any = seen.any(v);
-        if (any.count() > 0) factor[v] = softmax.update(v, scores_ + any.first * width, any.count(), max[v]);
-      }
-      seen.for_each_stretch([&](auto vectors, int vector, Range range, Range) {
-        add_values<vectors>(softmax, vector, keys, range, factor);
-      });
+      };
+      meet(p, keys, PanelKeys(keys, band, first_ + p * width, in_panel(p)), max, hide_edges);
     }
   }
 
@@ -113,8 +103,8 @@ class QueryTile {
 
   /// Writes the result of each query to its row of out, times a factor a feature unless that is null, and its
   /// log-sum-exp beside where that is not null.
-  template <class Storage, class Store = Keep>
-  void finish(Storage* out, Index stride, double* log_sum_exp, const T* factor = nullptr, Store&& store = {}) {
+  template <class Storage>
+  void finish(Storage* out, Index stride, double* log_sum_exp, const T* factor = nullptr, KeepOrPastCaches store = {}) {
     for (Index p = 0; p < panels(); ++p) {
       panel(p).finish(in_panel(p), out + p * width * stride, stride,
                       log_sum_exp == nullptr ? nullptr : log_sum_exp + p * width, factor, store);
@@ -137,6 +127,27 @@ class QueryTile {
   Index state_rows() const { return 2 + round_up(value_dim_, group_rows); }
 
   T* query(Index p) const { return query_ + p * width * dim_; }
+
+  // Attends to the keys that a panel meets; hide(vector, vectors, keys, all) hides those that not all of its queries
+  // see. `max`, of each vector, begins at -infinity.
+  void meet(Index p, const KeyTile<T>& keys, const PanelKeys& seen, Packet<T>* max,
+            FunctionRef<void(int, int, Range, Range)> hide) {
+    seen.for_each_stretch([&](auto vectors, int vector, Range range, Range all) {
+      for (const Range& part : {Range{range.first, all.first}, all, Range{all.end, range.end}}) {
+        score<vectors>(p, vector, keys, part, part.first == all.first ? max : nullptr);
+      }
+      hide(vector, vectors, range, all);
+    });
+    Panel softmax = panel(p);
+    Packet<T> factor[panel_vectors];
+    for (int v = 0; v < panel_vectors; ++v) {
+      const Range any = seen.any(v);
+      if (any.count() > 0) factor[v] = softmax.update(v, scores_ + any.first * width, any.count(), max[v]);
+    }
+    seen.for_each_stretch([&](auto vectors, int vector, Range range, Range) {
+      add_values<vectors>(softmax, vector, keys, range, factor);
+    });
+  }
 
   // The scores of Vectors vectors of a panel, from `vector` on, against some keys, kept at scores_ a row a key; and
   // their maxima, where these are asked for.

@@ -101,9 +101,10 @@ struct ScanStep {
 /// Where there are at least as many sequences and heads as threads, each runs from its first segment to its last. Else
 /// the segments themselves are shared out, in two rounds: the sums of all segments, then, each knowing its past,
 /// the segments. Both give the same bits. Memory: three states a head and thread, or one a head and segment.
-template <class T, class AlignmentOf, class Start, class Visit, class Finish>
-void scan(Work& work, Index sequences, Index heads, Index size, AlignmentOf&& alignment, Start&& start, Visit&& visit,
-          Finish&& finish) {
+template <class T>
+void scan(Work& work, Index sequences, Index heads, Index size, FunctionRef<Alignment(Index)> alignment,
+          FunctionRef<void(Index, Range, T*)> start, FunctionRef<void(const ScanStep<T>&, Scratch&)> visit,
+          FunctionRef<void(Index, Range, const T*)> finish) {
   const auto step = [&](Index b, const Segment& segment, Range block, const T* past, T* local, bool sums_only,
                         Scratch& scratch) {
     const Index numbers = block.count() * size;
