@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <cstddef>
+#include <numeric>
 #include <type_traits>
 
 namespace nearfar {
@@ -21,8 +22,16 @@ namespace detail {
 // This file has these products for one chunk. "Query", "key" and "value" are roles: gradients are the same sum with
 // the roles exchanged. Queries lie on the vector lanes, so that scores need no sums across lanes.
 
+/// Rows that a product takes at once. Chunks are whole groups of them, and states are filled up to such: one register
+/// tile for each panel of columns, whatever the number of tokens and features. What stands in the rows that fill up
+/// reaches no others.
+inline constexpr int state_rows = tile_rows<2>;
+
 /// Tokens a chunk: twice as many would spend more on the pairs within a chunk than they save on states.
-inline constexpr Index chunk_tokens = 64;
+inline constexpr Index chunk_tokens = [] {
+  constexpr Index step = std::lcm(Index{state_rows}, Index{lanes<float>});
+  return (64 + step / 2) / step * step;
+}();
 
 /// At this pace the products of a chunk fetch its keys and values, or what else it reads, while the one before it is at
 /// work. A faster one takes all line buffers at once, and the products wait.
@@ -37,8 +46,9 @@ struct PaddedRows {
 
   T* row(Index i) const { return data + i * stride; }
 
-  /// The rows from `first` on, to be read number by number.
-  Broadcast<T> from(Index first) const { return {row(first), stride, 1}; }
+  /// To be read number by number, row by row or feature by feature.
+  Broadcast<T> rows() const { return {data, stride, 1}; }
+  Broadcast<T> features() const { return {data, 1, stride}; }
 };
 
 /// Rows of one head on the vector lanes: dim x chunk_tokens, of which the first `count` columns are in use.
@@ -48,7 +58,7 @@ struct LaneRows {
   Index dim;
   Index count;
 
-  Broadcast<T> from(Index first) const { return {data + first, 1, chunk_tokens}; }
+  Broadcast<T> rows() const { return {data, 1, chunk_tokens}; }
 };
 
 /// Sums over all tokens so far: `local` within the segment of tokens at hand, and `running`, which began with what came
@@ -66,11 +76,11 @@ struct RunningSums {
     if (running != nullptr) pstoreu(running + at, padd(ploadu<Packet<T>>(running + at), sum));
   }
 
-  /// Adds sum_j key_j^T value_j (key.dim x value.stride) over `count` tokens.
+  /// Adds sum_j key_j^T value_j (key.dim, in whole groups, x value.stride) over `count` tokens.
   void add_products(const PaddedRows<T>& key, const PaddedRows<T>& value, Index count, Lookahead& ahead) const {
     for_each_panel<T>(value.stride, [&](auto vectors, Index c) {
-      multiply<decltype(vectors)::value>(
-          Broadcast<T>{key.data, 1, key.stride}, key.dim, value.data + c, value.stride, count,
+      multiply_groups<state_rows, decltype(vectors)::value>(
+          key.features(), key.dim, value.data + c, value.stride, count,
           [](Index, int) { return pset1<Packet<T>>(T(0)); },
           [&](Index a, int v, const Packet<T>& sum) { add(a * value.stride + c + v * lanes<T>, sum); }, Fetch{ahead});
     });
@@ -78,21 +88,21 @@ struct RunningSums {
 
   /// Adds sum_j weight_j row_j (1 x rows.stride) over `count` tokens; no weights mean 1.
   void add_rows(const PaddedRows<T>& rows, const T* weight, Index count) const {
-    for_each_panel<T>(rows.stride, [&](auto vectors, Index c) {
-      constexpr int width = decltype(vectors)::value;
-      Packet<T> sum[2][width];
-      NEARFAR_UNROLL for (int v = 0; v < width; ++v) sum[0][v] = sum[1][v] = pset1<Packet<T>>(T(0));
-      const auto add_row = [&](Index j, Packet<T>(&to)[width]) {
+    constexpr Index chains = 4;
+    for (Index c = 0; c < rows.stride; c += lanes<T>) {
+      Packet<T> sum[chains];
+      NEARFAR_UNROLL for (Index i = 0; i < chains; ++i) sum[i] = pset1<Packet<T>>(T(0));
+      const auto add_row = [&](Index j, Packet<T>& to) {
         const Packet<T> factor = pset1<Packet<T>>(weight == nullptr ? T(1) : weight[j]);
-        NEARFAR_UNROLL for (int v = 0; v < width; ++v) {
-          to[v] = pmadd(factor, ploadu<Packet<T>>(rows.row(j) + c + v * lanes<T>), to[v]);
-        }
+        to = pmadd(factor, ploadu<Packet<T>>(rows.row(j) + c), to);
       };
       Index j = 0;
-      for (; j + 2 <= count; j += 2) add_row(j, sum[0]), add_row(j + 1, sum[1]);
-      if (j < count) add_row(j, sum[0]);
-      NEARFAR_UNROLL for (int v = 0; v < width; ++v) add(c + v * lanes<T>, padd(sum[0][v], sum[1][v]));
-    });
+      for (; j + chains <= count; j += chains) {
+        NEARFAR_UNROLL for (Index i = 0; i < chains; ++i) add_row(j + i, sum[i]);
+      }
+      for (; j < count; ++j) add_row(j, sum[0]);
+      add(c, padd(padd(sum[0], sum[1]), padd(sum[2], sum[3])));
+    }
   }
 };
 
@@ -120,27 +130,30 @@ void chunk_scores(const LaneRows<T>& query, const PaddedRows<T>& key, Index keys
     constexpr int width = decltype(vectors)::value;
     Packet<T> sum[width];
     NEARFAR_UNROLL for (int v = 0; v < width; ++v) sum[v] = pset1<Packet<T>>(T(0));
-    // The keys [from, to) meet the queries of the panel from its vector `first` on.
+    // The keys [from, to), in whole groups, meet the queries of the panel from its vector `first` on.
     const auto score = [&]<int first>(std::integral_constant<int, first>, Index from, Index to) {
       const Index lane = panel + first * lanes<T>;
-      multiply<width - first>(
-          Broadcast<T>{key.row(from), key.stride, 1}, to - from, query.data + lane, chunk_tokens, query.dim,
+      constexpr bool alone = width - first == 1 && lanes<T> % tile_rows<1> == 0;
+      multiply_groups<alone ? tile_rows<1> : state_rows, width - first>(
+          key.rows().rows_from(from), to - from, query.data + lane, chunk_tokens, query.dim,
           [](Index, int) { return pset1<Packet<T>>(T(0)); },
           [&](Index r, int v, const Packet<T>& product) {
             const Index j = from + r;
             const Index i = lane + v * lanes<T>;
-            const Packet<T> hidden = pcmp_lt(plset<Packet<T>>(T(i)), pset1<Packet<T>>(T(j)));
-            const Packet<T> shown = j <= i ? product : pselect(hidden, pset1<Packet<T>>(T(0)), product);
+            // No query sees what fills up the last group.
+            const Index seen_from = j < keys ? j : chunk_tokens;
+            const Packet<T> hidden = pcmp_lt(plset<Packet<T>>(T(i)), pset1<Packet<T>>(T(seen_from)));
+            const Packet<T> shown = seen_from <= i ? product : pselect(hidden, pset1<Packet<T>>(T(0)), product);
             sum[first + v] = padd(sum[first + v], shown);
             pstoreu(scores + j * chunk_tokens + i, shown);
           },
           Fetch{ahead});
     };
-    const Index first_end = std::min(keys, panel + lanes<T>);
-    score(std::integral_constant<int, 0>{}, 0, first_end);
-    if constexpr (width == 2) {
-      score(std::integral_constant<int, 1>{}, first_end, std::min(keys, panel + 2 * lanes<T>));
-    }
+    const auto end = [&](int vectors_seen) {
+      return round_up(std::min(keys, panel + vectors_seen * lanes<T>), state_rows);
+    };
+    score(std::integral_constant<int, 0>{}, 0, end(1));
+    if constexpr (width == 2) score(std::integral_constant<int, 1>{}, end(1), end(2));
     if (row_sum == nullptr) return;
     for (int v = 0; v < width; ++v) {
       T* at = row_sum + panel + v * lanes<T>;
@@ -149,22 +162,21 @@ void chunk_scores(const LaneRows<T>& query, const PaddedRows<T>& key, Index keys
   });
 }
 
-/// out_i = query_i state + sum_{j <= i} scores[j][i] value_j for `count` queries, or `add` that to out_i. The first
-/// `keys` queries have a key and value beside them in the chunk.
-template <class T, class Rows>
-void chunk_attend(const Rows& query, Index count, const T* state, const T* scores, const PaddedRows<T>& value,
-                  Index keys, const PaddedRows<T>& out, bool add, Lookahead& ahead) {
+/// out_i = query_i state + sum_{j <= i} scores[j][i] value_j for `count` queries of `dim` features, in whole groups, or
+/// `add` that to out_i. The first `keys` queries have a key and value beside them in the chunk.
+template <class T>
+void chunk_attend(Broadcast<T> query, Index dim, Index count, const T* state, const T* scores,
+                  const PaddedRows<T>& value, Index keys, const PaddedRows<T>& out, bool add, Lookahead& ahead) {
   for_each_panel<T>(out.stride, [&](auto vectors, Index column) {
-    constexpr int width = decltype(vectors)::value;
-    for_each_tile<width>(count, [&](auto tile, Index first) {
-      constexpr int rows = decltype(tile)::value;
+    constexpr int rows = state_rows, width = decltype(vectors)::value;
+    for (Index first = 0; first < count; first += rows) {
       Packet<T> c[rows][width];
       NEARFAR_UNROLL for (int r = 0; r < rows; ++r) {
         NEARFAR_UNROLL for (int v = 0; v < width; ++v) {
           c[r][v] = add ? ploadu<Packet<T>>(out.row(first + r) + column + v * lanes<T>) : pset1<Packet<T>>(T(0));
         }
       }
-      multiply_add(c, query.from(first), state + column, out.stride, query.dim, Fetch{ahead});
+      multiply_add(c, query.rows_from(first), state + column, out.stride, dim, Fetch{ahead});
       // Keys before the tile are seen by all of its queries, those beside it by the queries from their own on.
       multiply_add(c, Broadcast<T>{scores + first, 1, chunk_tokens}, value.data + column, value.stride,
                    std::min(first, keys));
@@ -181,7 +193,7 @@ void chunk_attend(const Rows& query, Index count, const T* state, const T* score
       NEARFAR_UNROLL for (int r = 0; r < rows; ++r) {
         NEARFAR_UNROLL for (int v = 0; v < width; ++v) pstoreu(out.row(first + r) + column + v * lanes<T>, c[r][v]);
       }
-    });
+    }
   });
 }
 

@@ -76,8 +76,11 @@ class KernelSum {
   Index value_dim() const { return heads.value_width(); }
   Index padded_dim() const { return round_up(dim(), lanes<T>); }
   Index padded_value_dim() const { return round_up(value_dim(), lanes<T>); }
-  Index map_size() const { return dim() * padded_value_dim() + padded_dim(); }
-  Index transposed_map_size() const { return value_dim() * padded_dim() + padded_dim(); }
+  // Of the sum S of a map, in whole groups of rows, and of its transpose; behind them stands z.
+  Index state_size() const { return round_up(dim(), state_rows) * padded_value_dim(); }
+  Index transposed_state_size() const { return round_up(value_dim(), state_rows) * padded_dim(); }
+  Index map_size() const { return state_size() + padded_dim(); }
+  Index transposed_map_size() const { return transposed_state_size() + padded_dim(); }
   // With the gradient of the weights, and for each query head.
   Index weighted_map_size() const { return map_size() + padded_value_dim(); }
   Index weighted_sums_size() const { return heads.group() * maps() * weighted_map_size(); }
@@ -144,7 +147,8 @@ void KernelSum<T>::forward(const Forward& call, Work& work) const {
   }
   const auto alignment = [&](Index b) { return queries_along_keys(inputs, b, call.stream_has_keys); };
   for (Index b = 0; b < sequence_count(inputs) && !call.add; ++b) {
-    call.out.middle_rows(sequence(inputs, b).query_begin, alignment(b).first_query).matrix().setZero();
+    const Index first = sequence(inputs, b).query_begin;
+    for (Index i = 0; i < alignment(b).first_query; ++i) std::fill_n(call.out.row(first + i), call.out.cols(), T(0));
   }
   scan<T>(
       work, sequence_count(inputs), heads.key_value, sums_size(), alignment,
@@ -191,7 +195,7 @@ void KernelSum<T>::forward_segment(const Forward& call, const ScanStep<T>& step,
     value.load(values_of_head(g).from(chunk.key), chunk.keys, visible.from(chunk.key));
     for (Index r = 0; r < maps(); ++r) {
       const RunningSums<T> state = step.sums.from(((g - step.heads.first) * maps() + r) * map_size());
-      const RunningSums<T> key_sum = state.from(dim() * value.stride);
+      const RunningSums<T> key_sum = state.from(state_size());
       key.load(keys_of_head(g).from(chunk.key), chunk.keys, visible.from(chunk.key), map(r), normalize_features);
       for (Index h = g * heads.group(); h < (g + 1) * heads.group() && !step.sums_only; ++h) {
         query.load(queries_of_head(h).from(chunk.query), chunk.queries, {}, map(r), normalize_features);
@@ -200,12 +204,13 @@ void KernelSum<T>::forward_segment(const Forward& call, const ScanStep<T>& step,
                         ahead);
         for (Index i = 0; i < chunk.queries; ++i) {
           normalizer[i] = inverse_of(normalizer[i], s.key_count);
-          if (call.weights.rows() > 0) out.features(i) *= weight(call.weights, r, h);
           if (call.inverse_normalizer != nullptr) {
             (*call.inverse_normalizer)(s.query_begin + chunk.query + i, r * heads.query + h) = normalizer[i];
           }
         }
-        out.store(out_of_head(h).from(chunk.query), chunk.queries, normalizer, r == 0 ? writes : Writes::added);
+        out.store(out_of_head(h).from(chunk.query), chunk.queries, normalizer,
+                  call.weights.rows() == 0 ? nullptr : call.weights.row(r * heads.query + h),
+                  r == 0 ? writes : Writes::added);
       }
       state.add_products(key, value, chunk.keys, ahead);
       key_sum.add_rows(key, nullptr, chunk.keys);

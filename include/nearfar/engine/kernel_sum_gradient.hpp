@@ -83,15 +83,15 @@ void KernelSum<T>::query_gradient_segment(const Backward& call, Tokens<T> grad_r
     value.load(values_of_head(g).from(chunk.key), chunk.keys, visible.from(chunk.key));
     for (Index r = 0; r < maps(); ++r) {
       const RunningSums<T> state = step.sums.from(((g - step.heads.first) * maps() + r) * transposed_map_size());
-      const RunningSums<T> key_sum = state.from(value_dim() * key.stride);
+      const RunningSums<T> key_sum = state.from(transposed_state_size());
       key.load(keys_of_head(g).from(chunk.key), chunk.keys, visible.from(chunk.key), map(r), normalize_features);
       for (Index h = g * heads.group(); h < (g + 1) * heads.group() && !step.sums_only; ++h) {
         const Index normalizer = r * heads.query + h;
         query.load(queries_of_head(h).from(chunk.query), chunk.queries, {}, map(r), normalize_features);
         grad_out.load(grad_out_of_head(h).from(chunk.query), chunk.queries);
         for (Index i = 0; i < chunk.queries; ++i) {
-          grad_out.features(i) *= call.inverse_normalizer(first + i, normalizer);
-          if (call.weights.rows() > 0) grad_out.features(i) *= weight(call.weights, r, h);
+          grad_out.entries(i) *= call.inverse_normalizer(first + i, normalizer);
+          if (call.weights.rows() > 0) grad_out.entries(i) *= weight(call.weights, r, h);
         }
         attend_chunk<T>(grad_out, chunk.queries, state.running, value, key, chunk.keys, scores, nullptr, grad_query,
                         false, ahead);
@@ -105,7 +105,7 @@ void KernelSum<T>::query_gradient_segment(const Backward& call, Tokens<T> grad_r
           chunk_add_prefix_sums<T>(key_prefix, key, nullptr, chunk.keys, row_sum, grad_query, chunk.queries);
         }
         query.chain(queries_of_head(h).from(chunk.query), chunk.queries, map(r), normalize_features, grad_query);
-        grad_query.store(grad_query_of_head(h).from(chunk.query), chunk.queries, nullptr,
+        grad_query.store(grad_query_of_head(h).from(chunk.query), chunk.queries, nullptr, nullptr,
                          r == 0 ? writes : Writes::added);
       }
       state.add_products(value, key, chunk.keys, ahead);
@@ -164,18 +164,18 @@ void KernelSum<T>::key_gradient_segment(const Backward& call, Tokens<T> grad_row
       for (Index h = g * heads.group(); h < (g + 1) * heads.group(); ++h) {
         const Index place = (h - step.heads.first * heads.group()) * maps() + r;
         const RunningSums<T> state = step.sums.from(place * weighted_map_size());
-        const RunningSums<T> query_sum = state.from(dim() * value.stride);
+        const RunningSums<T> query_sum = state.from(state_size());
         const RunningSums<T> weight_sum = state.from(map_size());
         query.load(queries_of_head(h).from(chunk.key), queries, {}, map(r), normalize_features);
         grad_out.load(grad_out_of_head(h).from(chunk.key), queries);
         for (Index i = 0; i < queries; ++i) {
-          grad_out.features(i) *= call.inverse_normalizer(last_query - i, r * heads.query + h);
+          grad_out.entries(i) *= call.inverse_normalizer(last_query - i, r * heads.query + h);
           row_sum[i] = eps ? grad_row_sum(last_query - i, r * heads.query + h) : T(0);
         }
         if (!step.sums_only) {
           const bool first_head = h == g * heads.group(), first = first_head && r == 0;
           for (Index j = 0; j < keys && weighted; ++j) {
-            of_head.features(j) = weight(call.weights, r, h) * value.features(j);
+            of_head.entries(j) = weight(call.weights, r, h) * value.entries(j);
           }
           TokenTile<T>& values = weighted ? of_head : value;
           transpose(state.running, value.stride, dim(), value_dim(), T(1), state_transposed, query.stride);
@@ -193,8 +193,8 @@ void KernelSum<T>::key_gradient_segment(const Backward& call, Tokens<T> grad_row
             find_grad_value(of_head, false);
             if (first) grad_value.clear();
             for (Index j = 0; j < keys; ++j) {
-              grad_value.features(j) += weight(call.weights, r, h) * of_head.features(j);
-              of_head.features(j) *= value.features(j);
+              grad_value.entries(j) += weight(call.weights, r, h) * of_head.entries(j);
+              of_head.entries(j) *= value.entries(j);
             }
             weight_sum.add_rows(of_head, nullptr, keys);
           }
@@ -205,11 +205,12 @@ void KernelSum<T>::key_gradient_segment(const Backward& call, Tokens<T> grad_row
       if (step.sums_only) continue;
       key.chain(keys_of_head(g).from(chunk.query), keys, map(r), normalize_features, grad_key);
       grad_key.hide(keys, shown);
-      grad_key.store(grad_key_of_head(g).from(chunk.query), keys, nullptr, r == 0 ? key_writes : Writes::added);
+      grad_key.store(grad_key_of_head(g).from(chunk.query), keys, nullptr, nullptr,
+                     r == 0 ? key_writes : Writes::added);
     }
     if (step.sums_only) return;
     grad_value.hide(keys, shown);
-    grad_value.store(grad_value_of_head(g).from(chunk.query), keys, nullptr, value_writes);
+    grad_value.store(grad_value_of_head(g).from(chunk.query), keys, nullptr, nullptr, value_writes);
   });
   if (key_writes == Writes::past_caches || value_writes == Writes::past_caches) order_stores();
 }

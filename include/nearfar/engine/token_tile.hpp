@@ -69,17 +69,18 @@ class TokenTile : public PaddedRows<T> {
   using PaddedRows<T>::row;
 
   TokenTile(Scratch& scratch, Index features)
-      : PaddedRows<T>{scratch.take<T>(chunk_tokens * round_up(features, lanes<T>)), features},
+      : PaddedRows<T>{scratch.take<T>(chunk_tokens * round_up(features, lanes<T>) + state_rows), features},
         lanes_{scratch.take<T>(chunk_tokens * features), features, 0},
         share_(scratch.take<T>(chunk_tokens)) {
-    clear();
+    // A product that takes features in whole groups reads a little over the last row.
+    std::fill_n(data, chunk_tokens * stride + state_rows, T(0));
     std::fill_n(lanes_.data, chunk_tokens * dim, T(0));
   }
 
   void clear() { std::fill_n(data, chunk_tokens * stride, T(0)); }
 
   /// Row i without its padding.
-  auto features(Index i) const { return Eigen::Map<Eigen::Array<T, 1, Eigen::Dynamic>>(row(i), dim); }
+  auto entries(Index i) const { return Eigen::Map<Eigen::Array<T, 1, Eigen::Dynamic>>(row(i), dim); }
 
   /// Takes `count` rows; those of invisible keys become zero, whatever stands in them.
   void load(TokenRows<const T> from, Index count, const VisibleKeys& visible = {}) {
@@ -96,10 +97,13 @@ class TokenTile : public PaddedRows<T> {
             bool normalize) {
     map.value(from.data, from.stride, count, dim, data, stride);
     for (Index i = 0; i < count && normalize; ++i) {
-      const T total = features(i).sum();
+      Packet<T> sum = pset1<Packet<T>>(T(0));
+      for (Index c = 0; c < stride; c += lanes<T>) sum = padd(sum, ploadu<Packet<T>>(row(i) + c));
+      const T total = predux(sum);
       // Below the smallest normal number the inverse overflows, and the features have no digits left.
       share_[i] = std::abs(total) < std::numeric_limits<T>::min() ? T(0) : T(1) / total;
-      features(i) *= share_[i];
+      combine(
+          stride, row(i), [share = share_[i]]<class V>(const V& x) { return pmul(x, pset1<V>(share)); }, row(i));
     }
     hide(count, visible);
   }
@@ -108,8 +112,8 @@ class TokenTile : public PaddedRows<T> {
   void chain(TokenRows<const T> from, Index count, const AnyFeatureMap& map, bool normalize,
              TokenTile& gradient) const {
     for (Index i = 0; i < count && normalize; ++i) {
-      const T inner = (gradient.features(i) * features(i)).sum();
-      gradient.features(i) = share_[i] * (gradient.features(i) - inner);
+      const T inner = (gradient.entries(i) * entries(i)).sum();
+      gradient.entries(i) = share_[i] * (gradient.entries(i) - inner);
     }
     map.chain(from.data, from.stride, count, dim, gradient.data, stride);
   }
@@ -117,7 +121,7 @@ class TokenTile : public PaddedRows<T> {
   /// Sets the rows of invisible keys to zero.
   void hide(Index count, const VisibleKeys& visible) {
     for (Index i = 0; i < count && visible.mask != nullptr; ++i) {
-      if (!visible(i)) features(i).setZero();
+      if (!visible(i)) std::fill_n(row(i), dim, T(0));
     }
   }
 
@@ -128,24 +132,22 @@ class TokenTile : public PaddedRows<T> {
     return lanes_;
   }
 
-  /// Writes the rows, each times its scale unless that is null, to `to`, or adds them to what is there.
-  void store(TokenRows<T> to, Index count, const T* scale, Writes writes) const {
-    const auto store_rows = [&](auto&& take) {
+  /// Writes the rows, each times its scale and each feature times its weight unless these are null, to `to`, or adds
+  /// them to what is there.
+  void store(TokenRows<T> to, Index count, const T* scale, const T* weight, Writes writes) const {
+    const auto store_rows = [&](auto store) {
       for (Index i = 0; i < count; ++i) {
         const T factor = scale == nullptr ? T(1) : scale[i];
         for_each_packet<T>(dim, [&, source = row(i), target = to.row(i)](auto by, Index c) {
           using V = typename decltype(by)::template Of<T>;
-          take(target + c, V(pmul(ploadu<V>(source + c), pset1<V>(factor))));
+          V numbers = pmul(ploadu<V>(source + c), pset1<V>(factor));
+          if (weight != nullptr) numbers = pmul(numbers, ploadu<V>(weight + c));
+          if (writes == Writes::added) numbers = padd(numbers, ploadu<V>(target + c));
+          store(target + c, numbers);
         });
       }
     };
-    if (writes == Writes::past_caches) {
-      store_rows(PastCaches{});
-    } else if (writes == Writes::anew) {
-      store_rows(Keep{});
-    } else {
-      store_rows([]<class V>(T* target, const V& numbers) { pstoreu(target, padd(ploadu<V>(target), numbers)); });
-    }
+    writes == Writes::past_caches ? store_rows(PastCaches{}) : store_rows(Keep{});
   }
 
  private:
@@ -160,13 +162,13 @@ template <class T>
 void attend_chunk(TokenTile<T>& query, Index count, const T* state, const PaddedRows<T>& key,
                   const PaddedRows<T>& value, Index keys, T* scores, T* row_sum, const PaddedRows<T>& out, bool add,
                   Lookahead& ahead) {
-  if (keys == 0) {
-    chunk_attend<T>(query, count, state, scores, value, keys, out, add, ahead);
-  } else {
+  Broadcast<T> rows = query.rows();
+  if (keys > 0) {
     const LaneRows<T>& on_lanes = query.on_lanes(count);
     chunk_scores(on_lanes, key, keys, scores, row_sum, ahead);
-    chunk_attend<T>(on_lanes, count, state, scores, value, keys, out, add, ahead);
+    rows = on_lanes.rows();
   }
+  chunk_attend<T>(rows, query.dim, count, state, scores, value, keys, out, add, ahead);
 }
 
 }  // namespace detail
