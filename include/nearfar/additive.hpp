@@ -91,14 +91,14 @@ class Additive {
     detail::check_equal_widths(name, heads);
     detail::check_scale(name, options.scale);
     const Index width = heads.query_cols();
-    parameters_.w_q = Matrix<T>::Zero(heads.query, options.per_head_weights ? heads.dim : width);
-    parameters_.w_k = parameters_.w_q;
-    if (options.bias) {
-      parameters_.b_q = Matrix<T>::Zero(1, heads.query);
-      parameters_.b_k = parameters_.b_q;
+    for (Matrix<T>* weights : {&parameters_.w_q, &parameters_.w_k}) {
+      weights->setZero(heads.query, options.per_head_weights ? heads.dim : width);
     }
-    if (options.transform) parameters_.w_t = Matrix<T>::Identity(width, width);
-    if (options.transform && options.bias) parameters_.b_t = Matrix<T>::Zero(1, width);
+    for (Matrix<T>* bias : {&parameters_.b_q, &parameters_.b_k}) {
+      if (options.bias) bias->setZero(1, heads.query);
+    }
+    if (options.transform) parameters_.w_t.setIdentity(width, width);
+    if (options.transform && options.bias) parameters_.b_t.setZero(1, width);
   }
 
   const Heads& heads() const { return heads_; }
@@ -228,9 +228,9 @@ class Additive {
     const Index width = heads_.query_cols();
     const Index rows = detail::PoolingShape{heads_.query, heads_.dim}.padded();
     const Tokens<T> packed(work.take<T>(rows * width), rows, width, width);
-    packed.matrix().setZero();
+    std::fill_n(packed.data(), rows * width, T(0));
     for (Index h = 0; h < heads_.query; ++h) {
-      packed.matrix().row(h).segment(first_column(h), weights.cols()) = weight_factor() * weights.row(h);
+      for (Index c = 0; c < weights.cols(); ++c) packed(h, first_column(h) + c) = weight_factor() * weights(h, c);
     }
     return packed.data();
   }

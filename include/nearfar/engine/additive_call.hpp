@@ -122,6 +122,15 @@ void blend_row_backward(const Heads& heads, const T* global_key, const T* value,
 /// Rows that go through the transform together: their u stay in the cache.
 inline constexpr Index transform_rows = 128;
 
+/// Room for `count` of them, and zeros behind them up to whole groups.
+template <class T>
+Tokens<T> take_transform_rows(Scratch& scratch, Index count, Index width) {
+  const Index room = round_up(count, PackedMatrix<T>::rows_at_once);
+  const Tokens<T> rows(scratch.take<T>(room * width), count, width, width);
+  std::fill_n(rows.row(count), (room - count) * width, T(0));
+  return rows;
+}
+
 /// Where the rows of out go: out_i = w_t u_i + b_t + q_i, u_i = gk_i * v_i.
 template <class T>
 struct AdditiveOut {
@@ -140,13 +149,13 @@ struct Ahead {
 
 /// Writes the rows of out of the tokens [first, first + count), at most transform_rows. global_key(token), asked for in
 /// turn, is null where no token is seen: then the value is not read.
-template <class T, class GlobalKey>
+template <class T>
 void write_rows(const AdditiveCall<T>& call, const AdditiveOut<T>& out, Index first, Index count, const Ahead& ahead,
-                Scratch& scratch, GlobalKey&& global_key) {
+                Scratch& scratch, FunctionRef<const T*(Index)> global_key) {
   const Scratch::Scope scope(scratch);
   const Index width = call.width();
   const Tokens<T> rows = out.rows.middle_rows(first, count);
-  const Tokens<T> u = out.transform ? Tokens<T>(scratch.take<T>(count * width), count, width, width) : rows;
+  const Tokens<T> u = out.transform ? take_transform_rows<T>(scratch, count, width) : rows;
   const bool add_query = call.add_query && !out.transform;
   const T* const none = nullptr;
   const auto blend = [&](auto store) {
@@ -183,12 +192,18 @@ bool reads_value(const AdditiveCall<T>& call, const AdditiveGradients<T>& grad, 
 template <class T>
 void transform_backward(const AdditiveCall<T>& call, Tokens<const T> grad_out, const PackedMatrix<T>& w_t,
                         Tokens<T> rows) {
-  call.work.for_each(call.stretches.count(), [&](Index s, Scratch&) {
+  const Index width = call.width();
+  call.work.for_each(call.stretches.count(), [&](Index s, Scratch& scratch) {
     const Stretch& stretch = call.stretches[s];
     for (Index first = stretch.first; first < stretch.end(); first += transform_rows) {
+      const Scratch::Scope scope(scratch);
       const Tokens<T> block = rows.middle_rows(first, std::min(transform_rows, stretch.end() - first));
-      block.matrix().setZero();
-      w_t.multiply_add({grad_out.row(first), grad_out.stride(), 1}, block);
+      const Tokens<T> copy = take_transform_rows<T>(scratch, block.rows(), width);
+      for (Index i = 0; i < block.rows(); ++i) {
+        std::copy_n(grad_out.row(first + i), width, copy.row(i));
+        std::fill_n(block.row(i), width, T(0));
+      }
+      w_t.multiply_add({copy.data(), width, 1}, block);
     }
   });
 }

@@ -42,9 +42,9 @@ struct SequencePools {
 
 /// Pools each sequence's visible rows with the weights that weights_of(sequence, scratch) gives. `scores`, unless null,
 /// gets the scores of each token.
-template <class T, class WeightsOf>
+template <class T>
 SequencePools<T> pool_sequences(const AdditiveCall<T>& call, const PoolingShape& shape, Tokens<const T> rows,
-                                WeightsOf&& weights_of, Matrix<T>* scores) {
+                                FunctionRef<const T*(Index, Scratch&)> weights_of, Matrix<T>* scores) {
   const Stretches& stretches = call.stretches;
   const Index size = SoftmaxPool<T>::size(shape);
   const SequencePools<T> parts{shape, call.work.template take<T>(stretches.count() * size), nullptr};
@@ -88,10 +88,10 @@ template <class T>
 void additive_global(const AdditiveCall<T>& call, const AdditiveOut<T>& out) {
   const Index width = call.width();
   AdditiveSaved<T>* const saved = out.saved;
-  const SequencePools<T> queries = pool_sequences(
+  const SequencePools<T> queries = pool_sequences<T>(
       call, call.query_shape(), call.inputs.query, [&](Index, Scratch&) { return call.w_q; },
       saved == nullptr ? nullptr : &saved->query_weights);
-  const SequencePools<T> keys = pool_sequences(
+  const SequencePools<T> keys = pool_sequences<T>(
       call, call.key_shape(), call.inputs.key,
       [&](Index b, Scratch& scratch) { return fold_global_query(call, queries.mean(b), scratch); },
       saved == nullptr ? nullptr : &saved->key_weights);
@@ -105,8 +105,8 @@ void additive_global(const AdditiveCall<T>& call, const AdditiveOut<T>& out) {
     // Beside stores past the caches the memory's own prefetching does better.
     const Ahead ahead = past_caches(out.rows, call.heads.dim) ? Ahead{} : Ahead{2, 2};
     for (Index first = stretch.first; first < stretch.end(); first += transform_rows) {
-      write_rows(call, out, first, std::min(transform_rows, stretch.end() - first), ahead, scratch,
-                 [&](Index) { return seen ? global_key : nullptr; });
+      write_rows<T>(call, out, first, std::min(transform_rows, stretch.end() - first), ahead, scratch,
+                    [&](Index) { return seen ? global_key : nullptr; });
     }
     if (saved == nullptr) return;
     scores_to_weights(call, stretch, queries[b], saved->query_weights);

@@ -47,8 +47,8 @@ class PrefixPools {
 
   /// Pools `count` rows of stretch s, as pool() does, and gives their weights, each in its own prefix. mean gets the
   /// mean where the stretch starts; the result says whether any row came before.
-  template <class Show>
-  bool pool_stretch(Index s, const T* weights, T* mean, T* scores, Index count, Show&& show, Scratch& scratch) const {
+  bool pool_stretch(Index s, const T* weights, T* mean, T* scores, Index count,
+                    FunctionRef<void(Index, RowBlock<T>&)> show, Scratch& scratch) const {
     const SoftmaxPool<T> own = at(scratch.take<T>(size()));
     const SoftmaxPool<T> start = at(scratch.take<T>(size()));
     own.start(shape_);
@@ -144,7 +144,7 @@ void additive_prefix(const AdditiveCall<T>& call, const AdditiveOut<T>& out, T* 
     std::copy_n(query_start, width, global_query);
     // Rows are written while memory is asked for the queries of this thread's next stretch.
     const Ahead ahead{0, call.work.threads() * prefix_stretch};
-    write_rows(call, out, stretches[s].first, stretches[s].count, ahead, scratch, [&](Index token) {
+    write_rows<T>(call, out, stretches[s].first, stretches[s].count, ahead, scratch, [&](Index token) {
       if (visible.at[token - stretches[s].first]) {
         const T* const key = call.inputs.key.row(token);
         advance_means(shape, query_weight, call.inputs.query.row(token), global_query, [&](Index h) {

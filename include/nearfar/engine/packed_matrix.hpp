@@ -29,6 +29,9 @@ class PackedMatrix {
   static constexpr int vectors = 2;
   static constexpr Index width = vectors * lanes<T>;
 
+  /// A product takes so many rows of A at once.
+  static constexpr Index rows_at_once = tile_rows<vectors>;
+
   PackedMatrix() = default;
 
   /// Room for B, to be filled panel by panel.
@@ -48,14 +51,14 @@ class PackedMatrix {
     });
   }
 
-  /// C += A B for the rows of A and C.
+  /// C += A B for the rows of C; those of A come in whole groups, whatever stands in the last.
   void multiply_add(Broadcast<T> a, Tokens<T> c) const {
     for (Index first = 0; first < cols_; first += width) {
-      multiply<vectors>(
+      multiply_groups<rows_at_once, vectors>(
           a, c.rows(), data_ + first * depth_, width, depth_, [](Index, int) { return pset1<Packet<T>>(T(0)); },
           [&](Index r, int v, const Packet<T>& sum) {
             const Index column = first + v * lanes<T>;
-            add_numbers(c.row(r) + column, cols_ - column, sum);
+            if (r < c.rows()) add_numbers(c.row(r) + column, cols_ - column, sum);
           });
     }
   }

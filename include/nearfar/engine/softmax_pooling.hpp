@@ -1,5 +1,6 @@
 #pragma once
 
+#include <nearfar/detail/function_ref.hpp>
 #include <nearfar/detail/scratch.hpp>
 #include <nearfar/mask.hpp>
 #include <nearfar/online_softmax.hpp>
@@ -253,16 +254,13 @@ NEARFAR_INLINE void score_rows(const PoolingShape& shape, const T* weights, cons
     RowBlock<T> seen = block;
     for (const T*& row : seen.rows) row += column;
     for (const T*& row : seen.later) row += column;
-    const auto score = [&](Index segment, auto&& along) {
-      score_block<heads>(seen, weights + h * shape.cols() + column, cols, scores + h, shape.padded(), segment, along);
-    };
-    if (side_by_side && (h == 0 || shape.own_columns)) {
-      score(shape.dim, [&, head = h](Index first) mutable {
-        return [sum = sums.head(shape, head++), first](Index c) { sum(ByVectors{}, c - first); };
-      });
-    } else {
-      score(cols, [](Index) { return [](Index) {}; });
-    }
+    const bool sum_up = side_by_side && (h == 0 || shape.own_columns);
+    score_block<heads>(seen, weights + h * shape.cols() + column, cols, scores + h, shape.padded(),
+                       sum_up ? shape.dim : cols, [&, head = h](Index first) mutable {
+                         return [sum = sums.head(shape, head++), first, sum_up](Index c) {
+                           if (sum_up) sum(ByVectors{}, c - first);
+                         };
+                       });
   });
   for (Index h = 0; h < shape.heads && !side_by_side; ++h) {
     for_each_packet<T>(shape.dim, sums.head(shape, h));
@@ -292,9 +290,9 @@ NEARFAR_INLINE void weigh_rows(const PoolingShape& shape, const T* scores, const
 /// Shows `count` rows to the pooling, with interleaved weights. show(first, block) gives the rows from `first` on, as
 /// many as there are in a block; they must stay until the next but one is asked for. `scores` (shape.scores(count)
 /// numbers) is left holding the scores.
-template <class T, class Show>
-void pool(const PoolingShape& shape, const T* weights, Index count, Show&& show, T* scores, const SoftmaxPool<T>& state,
-          Scratch& scratch) {
+template <class T>
+void pool(const PoolingShape& shape, const T* weights, Index count, FunctionRef<void(Index, RowBlock<T>&)> show,
+          T* scores, const SoftmaxPool<T>& state, Scratch& scratch) {
   const Scratch::Scope scope(scratch);
   const Index padded = shape.padded();
   const Index room = shape.scores<T>(row_block + 1);
@@ -327,7 +325,7 @@ void pool(const PoolingShape& shape, const T* weights, Index count, Show&& show,
 template <class T>
 void pool(const PoolingShape& shape, const T* weights, const RowList<const T>& list, T* scores,
           const SoftmaxPool<T>& state, Scratch& scratch) {
-  pool(
+  pool<T>(
       shape, weights, list.count,
       [&](Index first, RowBlock<T>& block) {
         for (Index r = 0; r < std::min<Index>(row_block, list.count - first); ++r) {
