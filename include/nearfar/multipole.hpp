@@ -192,7 +192,7 @@ class Multipole {
     const Index share = window / rank;
     PoolingConvolution<T> level{Matrix<T>::Zero(heads_.dim * rank, window), Matrix<T>::Zero(1, heads_.dim * rank)};
     for (Index row = 0; row < level.weight.rows(); ++row) {
-      level.weight.row(row).segment(row % rank * share, share).setConstant(T(1) / static_cast<T>(share));
+      std::fill_n(&level.weight(row, row % rank * share), share, T(1) / static_cast<T>(share));
     }
     return level;
   }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <nearfar/context.hpp>
+#include <nearfar/detail/simd.hpp>
 #include <nearfar/mask.hpp>
 
 #include <algorithm>
@@ -67,18 +68,20 @@ class Landmarks {
     const Index cols = tokens.cols();
     work.for_each(count(), [&](Index l, Scratch& scratch) {
       const Segment& segment = segments_[l];
-      Row<T> mean(landmarks.row(l), cols);
-      Row<T> part(scratch.take<T>(cols), cols);
-      mean.setZero();
+      T* const mean = landmarks.row(l);
+      T* const part = scratch.take<T>(cols);
+      const auto sum = [](const auto& a, const auto& b) { return padd(a, b); };
+      std::fill_n(mean, cols, T(0));
       // Sums of short sums keep the rounding errors small.
       for (Index first = segment.tokens.first; first < segment.tokens.end; first += short_sum) {
-        part.setZero();
+        std::fill_n(part, cols, T(0));
         for (Index i = first; i < std::min(first + short_sum, segment.tokens.end); ++i) {
-          if (seen(i)) part += Row<const T>(tokens.row(i), cols);
+          if (seen(i)) combine(cols, part, sum, part, tokens.row(i));
         }
-        mean += part;
+        combine(cols, mean, sum, mean, part);
       }
-      mean *= T(1) / static_cast<T>(segment.visible);
+      const T share = T(1) / static_cast<T>(segment.visible);
+      for (Index c = 0; c < cols; ++c) mean[c] *= share;
       for (Index h = group == 1 ? 0 : landmarks.cols() / dim; h-- > 0;) {
         std::copy_n(landmarks.row(l) + h / group * dim, dim, landmarks.row(l) + h * dim);
       }
@@ -93,14 +96,16 @@ class Landmarks {
     const Index cols = grad_tokens.cols();
     work.for_each(count(), [&](Index l, Scratch& scratch) {
       const Segment& segment = segments_[l];
-      Row<T> share(scratch.take<T>(cols), cols);
-      share.setZero();
+      const auto sum = [](const auto& a, const auto& b) { return padd(a, b); };
+      T* const share = scratch.take<T>(cols);
+      std::fill_n(share, cols, T(0));
       for (Index h = 0; h < grad_landmarks.cols() / dim; ++h) {
-        share.segment(h / group * dim, dim) += Row<const T>(grad_landmarks.row(l) + h * dim, dim);
+        T* const of_group = share + h / group * dim;
+        combine(dim, of_group, sum, of_group, grad_landmarks.row(l) + h * dim);
       }
-      share *= T(1) / static_cast<T>(segment.visible);
+      for (Index c = 0; c < cols; ++c) share[c] /= static_cast<T>(segment.visible);
       for (Index i = segment.tokens.first; i < segment.tokens.end; ++i) {
-        if (seen(i)) Row<T>(grad_tokens.row(i), cols) += share;
+        if (seen(i)) combine(cols, grad_tokens.row(i), sum, grad_tokens.row(i), share);
       }
     });
   }
@@ -110,11 +115,6 @@ class Landmarks {
     Range tokens;
     Index visible;
   };
-
-  template <class T>
-  using Row =
-      Eigen::Map<std::conditional_t<std::is_const_v<T>, const Eigen::Array<std::remove_const_t<T>, 1, Eigen::Dynamic>,
-                                    Eigen::Array<T, 1, Eigen::Dynamic>>>;
 
   static constexpr Index short_sum = 64;
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <nearfar/context.hpp>
+#include <nearfar/detail/simd.hpp>
 #include <nearfar/engine/hierarchy.hpp>
 
 #include <cstdint>
@@ -36,7 +37,7 @@ struct HeadRows {
   Tokens<T> tokens(Index head, Index first, Index count) const { return {row(head, first), count, dim, row_stride}; }
 
   void set_zero(Index i) const {
-    for (Index head = 0; head < heads; ++head) features(head, i).setZero();
+    for (Index head = 0; head < heads; ++head) std::fill_n(row(head, i), dim, T(0));
   }
 
   operator HeadRows<const T>() const requires(!std::is_const_v<T>) {
@@ -161,16 +162,24 @@ void pool_average(Work& work, const Hierarchy& tree, HeadRows<const T> tokens, c
         pooled.set_zero(parent);
         for (Index i = members.first; i < members.end; ++i) {
           if (mask != nullptr && mask[i] == 0) continue;
-          for (Index h = 0; h < pooled.heads; ++h) pooled.features(h, parent) += tokens.features(h, i);
+          for (Index h = 0; h < pooled.heads; ++h) {
+            T* const sum = pooled.row(h, parent);
+            combine(
+                pooled.dim, sum, [](const auto& a, const auto& b) { return padd(a, b); }, sum, tokens.row(h, i));
+          }
         }
         const T share = T(1) / count[parent];
-        for (Index h = 0; h < pooled.heads; ++h) pooled.features(h, parent) *= share;
+        for (Index h = 0; h < pooled.heads; ++h) {
+          for (Index c = 0; c < pooled.dim; ++c) pooled.row(h, parent)[c] *= share;
+        }
       } else {
         const Index child = tree.level(l - 1).first_row + 2 * r;
         const T share = count[child] / count[parent];
         for (Index h = 0; h < pooled.heads; ++h) {
-          pooled.features(h, parent) =
-              share * pooled.features(h, child) + (T(1) - share) * pooled.features(h, child + 1);
+          const auto mean = [share]<class V>(const V& a, const V& b) {
+            return padd(pmul(pset1<V>(share), a), pmul(pset1<V>(T(1) - share), b));
+          };
+          combine(pooled.dim, pooled.row(h, parent), mean, pooled.row(h, child), pooled.row(h, child + 1));
         }
       }
     }

@@ -135,19 +135,21 @@ class ConvolutionPooling {
   Features tap(Index l, Index t, Index r) const {
     return {taps_[static_cast<std::size_t>(l)] + (t * tree_.rank() + r) * dim_, dim_};
   }
-  Features bias(Index l, Index r) const { return tap(l, window(l), r); }
 
   void convolve(Index l, Index group, const Children<const T>& children, HeadRows<T> pooled) const {
     const Index first = row(l, group);
     for (Index h = 0; h < pooled.heads; ++h) {
-      for (Index r = 0; r < tree_.rank(); ++r) pooled.features(h, first + r) = bias(l, r);
+      for (Index r = 0; r < tree_.rank(); ++r) std::copy_n(tap(l, window(l), r).data(), dim_, pooled.row(h, first + r));
     }
     const Range range = children.of(group);
     for (Index child = range.first; child < range.end; ++child) {
       if (children.masked(child)) continue;
       for (Index h = 0; h < pooled.heads; ++h) {
         for (Index r = 0; r < tree_.rank(); ++r) {
-          pooled.features(h, first + r) += tap(l, child - range.first, r) * children.rows.features(h, child);
+          T* const sum = pooled.row(h, first + r);
+          combine(
+              dim_, sum, [](const auto& a, const auto& b, const auto& c) { return pmadd(a, b, c); },
+              tap(l, child - range.first, r).data(), children.rows.row(h, child), sum);
         }
       }
     }

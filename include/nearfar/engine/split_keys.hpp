@@ -52,7 +52,9 @@ class KeyPieces {
   Tokens<T> repeat_rows(Work& work, const Inputs<T>& inputs, Tokens<const T> rows) const {
     const Tokens<T> repeated(work.take<T>(queries() * rows.cols()), queries(), rows.cols(), rows.cols());
     for_each_piece(inputs, [&](const Sequence& s, Index first) {
-      repeated.middle_rows(first, s.query_count).matrix() = rows.middle_rows(s.query_begin, s.query_count).matrix();
+      for (Index i = 0; i < s.query_count; ++i) {
+        std::copy_n(rows.row(s.query_begin + i), rows.cols(), repeated.row(first + i));
+      }
     });
     return repeated;
   }
@@ -125,14 +127,15 @@ void split_key_attention(Work& work, const Heads& heads, double scale, const Inp
       for (Index p = pieces.of(b).first; p < pieces.of(b).end; ++p) largest = std::max(largest, piece_log_sum_exp(p));
       const double shift = largest == -infinity<double> ? 0.0 : largest;
       T sum = 0;
-      auto merged = out.middle_cols(head * dim, dim).matrix().row(s.query_begin + i);
-      merged.setZero();
+      T* const merged = out.row(s.query_begin + i) + head * dim;
+      std::fill_n(merged, dim, T(0));
       for (Index p = pieces.of(b).first; p < pieces.of(b).end; ++p) {
         const T weight = static_cast<T>(std::exp(piece_log_sum_exp(p) - shift));
         sum += weight;
-        merged += weight * partial.middle_cols(head * dim, dim).matrix().row(piece(p));
+        const T* const part = partial.row(piece(p)) + head * dim;
+        for (Index c = 0; c < dim; ++c) merged[c] += weight * part[c];
       }
-      if (sum > T(0)) merged /= sum;
+      for (Index c = 0; c < dim && sum > T(0); ++c) merged[c] /= sum;
       log_sum_exp[head * inputs.query.rows() + s.query_begin + i] = shift + std::log(static_cast<double>(sum));
     }
   });
