@@ -166,7 +166,7 @@ class Fmm {
     detail::check_heads(name, heads);
     detail::check_scale(name, options.scale);
     detail::check_window(name, options.window);
-    detail::check_linear(name, linear_options(options));
+    detail::check_linear(name, options.feature_maps, options.eps);
     return heads;
   }
 

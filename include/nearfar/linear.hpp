@@ -5,6 +5,7 @@
 #include <nearfar/feature_map.hpp>
 
 #include <cmath>
+#include <span>
 #include <vector>
 
 namespace nearfar {
@@ -47,10 +48,9 @@ struct LinearOptions {
 
 namespace detail {
 
-inline void check_linear(std::string_view mechanism, const LinearOptions& options) {
-  require(!options.feature_maps.empty(), mechanism, "feature_maps must hold at least one map, but holds 0.");
-  require(options.eps >= 0 && std::isfinite(options.eps), mechanism, "eps must be finite and 0 or more, but is ",
-          options.eps, ".");
+inline void check_linear(std::string_view mechanism, std::span<const AnyFeatureMap> maps, double eps) {
+  require(!maps.empty(), mechanism, "feature_maps must hold at least one map, but holds 0.");
+  require(eps >= 0 && std::isfinite(eps), mechanism, "eps must be finite and 0 or more, but is ", eps, ".");
 }
 
 }  // namespace detail
@@ -74,7 +74,7 @@ class Linear {
 
   explicit Linear(const Heads& heads, const Options& options = {}) : heads_(heads), options_(options) {
     detail::check_heads("Linear", heads);
-    detail::check_linear("Linear", options);
+    detail::check_linear("Linear", options.feature_maps, options.eps);
   }
 
   const Heads& heads() const { return heads_; }

@@ -52,7 +52,8 @@ SequencePools<T> pool_sequences(const AdditiveCall<T>& call, const PoolingShape&
                              call.work.template take<T>(stretches.sequences() * shape.width())};
   call.work.for_each(stretches.count(), [&](Index s, Scratch& scratch) {
     parts[s].start(shape);
-    const T* const weights = interleave(shape, weights_of(stretches[s].sequence, scratch), scratch);
+    const T* const weights = interleave<T>(shape, weights_of(stretches[s].sequence, scratch),
+                                           [&](Index count) { return scratch.take<T>(count); });
     T* const score = scratch.take<T>(shape.scores<T>(block_tokens));
     for_each_block(
         stretches[s], strands, [&](Index token) { return call.sees(token); },

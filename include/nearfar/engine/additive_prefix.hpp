@@ -81,8 +81,9 @@ void additive_prefix(const AdditiveCall<T>& call, const AdditiveOut<T>& out, T* 
   const Stretches& stretches = call.stretches;
   const Index width = call.width();
   const Index padded = shape.padded();
-  const T* const w_q = interleave(shape, call.w_q, call.work);
-  const T* const w_k = interleave(shape, call.w_k, call.work);
+  const auto take = [&](Index count) { return call.work.template take<T>(count); };
+  const T* const w_q = interleave<T>(shape, call.w_q, take);
+  const T* const w_k = interleave<T>(shape, call.w_k, take);
   const PrefixPools<T> queries(call, state);
   const PrefixPools<T> keys(call, state == nullptr ? nullptr : state + SoftmaxPool<T>::size(shape));
   const auto save = [&](const Visible& visible, const T* weights, const T* mean, Index s, Matrix<T>& saved_weights,

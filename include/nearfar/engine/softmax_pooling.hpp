@@ -140,13 +140,13 @@ NEARFAR_INLINE void sum_vectors(P (&vectors)[Count], T* to) {
 
 /// How score_block wants weights: those of each block of heads side by side, vector by vector (then number by number,
 /// in the columns that fill no vector), so that one pointer walks them. Heads that see their own columns alone need
-/// nothing of the kind. `memory` is what it takes memory of.
-template <class T, class Memory>
-const T* interleave(const PoolingShape& shape, const T* weights, Memory& memory) {
+/// nothing of the kind. take(count) gives room for so many numbers.
+template <class T>
+const T* interleave(const PoolingShape& shape, const T* weights, FunctionRef<T*(Index)> take) {
   if (shape.own_columns) return weights;
   const Index cols = shape.cols();
   const Index in_vectors = cols / lanes<T> * lanes<T>;
-  T* const interleaved = memory.template take<T>(shape.padded() * cols);
+  T* const interleaved = take(shape.padded() * cols);
   T* to = interleaved;
   for (Index first = 0; first < shape.padded(); first += head_block) {
     for (Index c = 0, width; c < cols; c += width) {
