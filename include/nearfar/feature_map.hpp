@@ -265,26 +265,34 @@ class AnyFeatureMap {
   static void for_each_entry(const T* x, Index x_stride, Index rows, Index cols, T* y, Index y_stride,
                              Function<Map> function) {
     if constexpr (requires { Map::on_packets; }) {
-      using P = detail::Packet<T>;
       constexpr Index width = detail::lanes<T>;
-      T last_x[width]{}, last_y[width]{};
-      for (Index r = 0; r < rows; ++r) {
-        for (Index c = 0; c < cols; c += width) {
-          const T* from = x + r * x_stride + c;
-          T* to = y + r * y_stride + c;
-          const Index count = std::min(width, cols - c);
-          if (count < width) {
-            std::copy_n(std::exchange(from, last_x), count, last_x);
-            std::copy_n(to, count, last_y);
-            to = last_y;
-          }
-          detail::pstoreu(to, function(detail::ploadu<P>(from), detail::ploadu<P>(to)));
-          if (count < width) std::copy_n(last_y, count, y + r * y_stride + c);
-        }
+      const Index full = cols / width * width;
+      for_each_vector(x, x_stride, rows, full, y, y_stride, function);
+      for (Index r = 0; r < rows && full < cols; ++r) {
+        std::array<T, width> last_x{}, last_y{};
+        T* const last = y + r * y_stride + full;
+        std::copy_n(x + r * x_stride + full, cols - full, last_x.begin());
+        std::copy_n(last, cols - full, last_y.begin());
+        for_each_vector(last_x.data(), 0, 1, width, last_y.data(), 0, function);
+        std::copy_n(last_y.begin(), cols - full, last);
       }
     } else {
       for (Index r = 0; r < rows; ++r) {
         for (Index c = 0; c < cols; ++c) y[r * y_stride + c] = function(x[r * x_stride + c], y[r * y_stride + c]);
+      }
+    }
+  }
+
+  /// The same of whole vectors.
+  template <class T, class Function>
+  NEARFAR_NO_INLINE static void for_each_vector(const T* x, Index x_stride, Index rows, Index cols, T* y,
+                                                Index y_stride, Function function) {
+    using P = detail::Packet<T>;
+    for (Index r = 0; r < rows; ++r) {
+      const T* from = x + r * x_stride;
+      T* to = y + r * y_stride;
+      for (Index c = 0; c < cols; c += detail::lanes<T>) {
+        detail::pstoreu(to + c, function(detail::ploadu<P>(from + c), detail::ploadu<P>(to + c)));
       }
     }
   }

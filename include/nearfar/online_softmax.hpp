@@ -2,6 +2,7 @@
 
 #include <nearfar/detail/exp.hpp>
 #include <nearfar/detail/stores.hpp>
+#include <nearfar/engine/microkernel.hpp>
 
 #include <algorithm>
 #include <cmath>
@@ -58,9 +59,6 @@ template <class T, int Vectors>
 struct OnlineSoftmax {
   static constexpr Index width = Vectors * lanes<T>;
 
-  /// Keys are weighed in groups of so many.
-  static constexpr int group = vector_registers >= 32 ? 8 : 4;
-
   T* max;    // width
   T* sum;    // width
   T* value;  // value_dim x width
@@ -84,7 +82,7 @@ struct OnlineSoftmax {
     const Packet<T> shift = pselect(pcmp_eq(larger, none), pset1<Packet<T>>(T(0)), larger);
     const Packet<T> correction = exp2<T>(psub(old, shift));
     Packet<T> total = pset1<Packet<T>>(T(0));
-    for (Index j = 0; j < count; j += group) weigh(scores + v * lanes<T> + j * width, shift, total);
+    for (Index j = 0; j < count; j += group_rows) weigh(scores + v * lanes<T> + j * width, shift, total);
     // Each tile's sum starts at zero and joins by one multiply-add: short sums keep the rounding errors small.
     T* s = sum + v * lanes<T>;
     pstoreu(s, pmadd(ploadu<Packet<T>>(s), correction, total));
@@ -116,10 +114,10 @@ struct OnlineSoftmax {
  private:
   // Turns vectors of scores into weights 2^(score - shift), and adds these to the total.
   NEARFAR_INLINE static void weigh(T* scores, const Packet<T>& shift, Packet<T>& total) {
-    Packet<T> weight[group];
-    NEARFAR_UNROLL for (int i = 0; i < group; ++i) weight[i] = psub(ploadu<Packet<T>>(scores + i * width), shift);
+    Packet<T> weight[group_rows];
+    NEARFAR_UNROLL for (int i = 0; i < group_rows; ++i) weight[i] = psub(ploadu<Packet<T>>(scores + i * width), shift);
     exp2<T>(weight);
-    NEARFAR_UNROLL for (int i = 0; i < group; ++i) {
+    NEARFAR_UNROLL for (int i = 0; i < group_rows; ++i) {
       pstoreu(scores + i * width, weight[i]);
       total = padd(total, weight[i]);
     }

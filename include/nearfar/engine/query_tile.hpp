@@ -27,7 +27,6 @@ template <class T>
 class QueryTile {
  public:
   using Panel = OnlineSoftmax<T, panel_vectors>;
-  static_assert(group_rows % Panel::group == 0);
   static constexpr Index width = Panel::width;
 
   /// Room for `capacity` queries of `dim` features against values of `value_dim`.
