@@ -254,13 +254,16 @@ NEARFAR_INLINE void score_rows(const PoolingShape& shape, const T* weights, cons
     RowBlock<T> seen = block;
     for (const T*& row : seen.rows) row += column;
     for (const T*& row : seen.later) row += column;
-    const bool sum_up = side_by_side && (h == 0 || shape.own_columns);
-    score_block<heads>(seen, weights + h * shape.cols() + column, cols, scores + h, shape.padded(),
-                       sum_up ? shape.dim : cols, [&, head = h](Index first) mutable {
-                         return [sum = sums.head(shape, head++), first, sum_up](Index c) {
-                           if (sum_up) sum(ByVectors{}, c - first);
-                         };
-                       });
+    const auto score = [&](Index segment, auto&& along) {
+      score_block<heads>(seen, weights + h * shape.cols() + column, cols, scores + h, shape.padded(), segment, along);
+    };
+    if (side_by_side && (h == 0 || shape.own_columns)) {
+      score(shape.dim, [&, head = h](Index first) mutable {
+        return [sum = sums.head(shape, head++), first](Index c) { sum(ByVectors{}, c - first); };
+      });
+    } else {
+      score(cols, [](Index) { return [](Index) {}; });
+    }
   });
   for (Index h = 0; h < shape.heads && !side_by_side; ++h) {
     for_each_packet<T>(shape.dim, sums.head(shape, h));
