@@ -172,9 +172,14 @@ void write_rows(const AdditiveCall<T>& call, const AdditiveOut<T>& out, Index fi
   if (!out.transform) return;
   for (Index i = 0; i < count; ++i) {
     T* const row = rows.row(i);
-    for (Index c = 0; c < width; ++c) {
-      row[c] = (out.b_t == nullptr ? T(0) : out.b_t[c]) + (call.add_query ? call.inputs.query(first + i, c) : T(0));
+    if (call.add_query) {
+      std::copy_n(call.inputs.query.row(first + i), width, row);
+    } else {
+      std::fill_n(row, width, T(0));
     }
+    if (out.b_t == nullptr) continue;
+    combine(
+        width, row, [](const auto& a, const auto& b) { return padd(a, b); }, row, out.b_t);
   }
   out.w_t.multiply_add({u.data(), width, 1}, rows);
 }
