@@ -83,7 +83,7 @@ void with_store(const Tokens<T>& rows, Index dim, Visit&& visit) {
   if (past) order_stores();
 }
 
-/// to(c, r) = scale * from(r, c) for one square block of as many rows as a packet has lanes, by store(to, packet).
+/// to(c, r) = scale * from(r, c) for one square block of as many rows as a packet has lanes.
 template <class P, class T>
 NEARFAR_INLINE void transpose_block(const T* from, Index from_stride, const P& scale, T* to, Index to_stride,
                                     KeepOrPastCaches store) {
@@ -91,7 +91,10 @@ NEARFAR_INLINE void transpose_block(const T* from, Index from_stride, const P& s
   Eigen::internal::PacketBlock<P, width> block;
   for (int i = 0; i < width; ++i) block.packet[i] = pmul(ploadu<P>(from + i * from_stride), scale);
   if constexpr (width > 1) ptranspose(block);
-  for (int i = 0; i < width; ++i) store(to + i * to_stride, block.packet[i]);
+  const auto store_rows = [&](auto store_row) {
+    for (int i = 0; i < width; ++i) store_row(to + i * to_stride, block.packet[i]);
+  };
+  store.past ? store_rows(PastCaches{}) : store_rows(Keep{});
 }
 
 /// to(c, r) = factor * from(r, c) for a rows x cols matrix.
