@@ -24,7 +24,7 @@ class KeyTile {
  public:
   static constexpr Index capacity = 128 / group_rows * group_rows;
 
-  KeyTile(Scratch& scratch, Index dim, Index value_dim)
+  NEARFAR_NO_INLINE KeyTile(Scratch& scratch, Index dim, Index value_dim)
       : dim_(dim),
         value_dim_(value_dim),
         key_(scratch.take<T>(capacity * key_stride())),

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <nearfar/detail/function_ref.hpp>
 #include <nearfar/engine/key_tile.hpp>
 #include <nearfar/engine/microkernel.hpp>
 
@@ -18,12 +19,20 @@ class PanelKeys {
  public:
   /// Of the `count` queries from number `query` on.
   template <class T, class Band>
-  PanelKeys(const KeyTile<T>& keys, const Band& band, Index query, Index count) {
-    if (keys.within(band.seen_by_any(query, count)).count() == 0) return;
+  PanelKeys(const KeyTile<T>& keys, const Band& band, Index query, Index count)
+      : PanelKeys(
+            keys, [&](Index first, Index queries) { return band.seen_by_any(first, queries); },
+            [&](Index first, Index queries) { return band.seen_by_all(first, queries); }, query, count) {}
+
+  /// The same of any band.
+  using Seen = FunctionRef<Range(Index, Index)>;
+  template <class T>
+  PanelKeys(const KeyTile<T>& keys, Seen seen_by_any, Seen seen_by_all, Index query, Index count) {
+    if (keys.within(seen_by_any(query, count)).count() == 0) return;
     for (Index first = 0; first < count; first += lanes<T>) {
       const Index queries = std::min<Index>(lanes<T>, count - first);
-      const Range any = keys.within(band.seen_by_any(query + first, queries));
-      const Range all = keys.within(band.seen_by_all(query + first, queries));
+      const Range any = keys.within(seen_by_any(query + first, queries));
+      const Range all = keys.within(seen_by_all(query + first, queries));
       const auto vector = static_cast<std::size_t>(first / lanes<T>);
       // Where a vector sees nothing between two others that meet one group, it meets that group with them.
       any_[vector] = {down(any.first), up(std::max(any.first, any.end))};

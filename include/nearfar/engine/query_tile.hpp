@@ -30,7 +30,7 @@ class QueryTile {
   static constexpr Index width = Panel::width;
 
   /// Room for `capacity` queries of `dim` features against values of `value_dim`.
-  QueryTile(Scratch& scratch, Index capacity, Index dim, Index value_dim)
+  NEARFAR_NO_INLINE QueryTile(Scratch& scratch, Index capacity, Index dim, Index value_dim)
       : dim_(dim),
         value_dim_(value_dim),
         query_(scratch.take<T>(round_up(capacity, width) * dim)),
