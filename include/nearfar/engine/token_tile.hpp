@@ -103,7 +103,7 @@ class TokenTile : public PaddedRows<T> {
       // Below the smallest normal number the inverse overflows, and the features have no digits left.
       share_[i] = std::abs(total) < std::numeric_limits<T>::min() ? T(0) : T(1) / total;
       combine(
-          stride, row(i), [share = share_[i]]<class V>(const V& x) { return pmul(x, pset1<V>(share)); }, row(i));
+          dim, row(i), [share = share_[i]]<class V>(const V& x) { return pmul(x, pset1<V>(share)); }, row(i));
     }
     hide(count, visible);
   }
