@@ -140,5 +140,33 @@ TEST_P(Allocation, SecondTrainingStepOfTheSameShapesMakesNone) {
   });
 }
 
+TEST_P(Allocation, StepOfAStreamWithRoomMakesNone) {
+  if (!make<double>()->can_stream()) GTEST_SKIP() << "no stream with these options";
+  in_each_scalar([]<class T>(T) {
+    const auto subject = make<T>();
+    constexpr Index n = 700, steps = 300;
+    const auto sample = masked_sample<T>(n, 920);
+    Matrix<T> out(n, grouped_heads().out_cols());
+    for (const int threads : {1, 3}) {
+      Context context(threads);
+      subject->start(n);
+      const auto extend = [&](Index first, Index count) {
+        Inputs<T> inputs{sample.query.middleRows(first, count), sample.key.middleRows(first, count),
+                         sample.value.middleRows(first, count)};
+        inputs.key_mask = {sample.key_mask.data() + first, static_cast<std::size_t>(count)};
+        subject->extend(inputs, out.middleRows(first, count), context);
+      };
+      extend(0, n - 2 * steps);
+      // Working memory is that of the longest step so far.
+      for (Index i = n - 2 * steps; i < n - steps; ++i) extend(i, 1);
+      EXPECT_EQ(allocations_of([&] {
+                  for (Index i = n - steps; i < n; ++i) extend(i, 1);
+                }),
+                0)
+          << threads << " threads";
+    }
+  });
+}
+
 }  // namespace
 }  // namespace nearfar::test

@@ -25,6 +25,7 @@ struct BandedOptions {
 /// Time: 2 n_q w (dim + value_dim) flops a head for windows of w = left + right + 1 keys. Memory beside
 /// inputs and out: a tile a thread, whatever n and w; a second call of the same shapes allocates nothing.
 /// Masked keys are never read. A query that sees no key gets a zero row and log-sum-exp -infinity.
+/// Streams (causal, or window.right 0) remember the last window.left keys and values, however many tokens have come.
 /// Source: Nguyen et al., FMMformer, arXiv 2108.02347: its banded near-field matrix, here never formed. Its code's
 /// "band b" is the window {b - 1, b - 1}.
 template <class T>

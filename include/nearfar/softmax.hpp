@@ -22,6 +22,8 @@ struct SoftmaxOptions {
 /// of the keys: query i sees j <= i + n_k - n_q. Time: 2 n_q n_k (dim + value_dim) flops a head, half of
 /// it when causal. Memory beside inputs and out: a tile a thread, whatever n; a second call of the same shapes
 /// allocates nothing. Masked keys are never read. A query that sees no key gets a zero row and log-sum-exp -infinity.
+/// Streams (causal) remember all keys and values: a token costs 2 n (dim + value_dim) flops a head, bound by reading
+/// these.
 /// Source: Vaswani et al., arXiv 1706.03762, equation 1, by the online softmax of arXiv 1805.02867 in tiles as
 /// FlashAttention, arXiv 2205.14135.
 template <class T>

@@ -40,9 +40,12 @@ class Subject {
   /// False where the mechanism has no stream with these options; then `start` and `extend` must not be called.
   virtual bool can_stream() const = 0;
 
-  /// Begins a stream anew, and appends tokens to it.
-  virtual void start() = 0;
+  /// Begins a stream anew, with room for so many tokens where the mechanism makes room; and appends tokens to it.
+  virtual void start(Index room = 0) = 0;
   virtual void extend(const Inputs<T>& inputs, Tokens<T> out, Context& context) = 0;
+
+  /// A copy, its stream where this one's stands.
+  virtual std::unique_ptr<Subject> copy() const = 0;
 
   using Visit = std::function<void(const std::string& name, Matrix<T>& matrix)>;
   virtual void each_parameter(const Visit& visit) = 0;
@@ -172,14 +175,20 @@ class SubjectOf final : public Subject<typename A::Scalar> {
     return false;
   }
 
-  void start() override {
-    if constexpr (StreamingAttention<A>) state_ = attention_.start();
+  void start([[maybe_unused]] Index room) override {
+    if constexpr (requires { attention_.start(room); }) {
+      state_ = attention_.start(room);
+    } else if constexpr (StreamingAttention<A>) {
+      state_ = attention_.start();
+    }
   }
 
   void extend([[maybe_unused]] const Inputs<T>& inputs, [[maybe_unused]] Tokens<T> out,
               [[maybe_unused]] Context& context) override {
     if constexpr (StreamingAttention<A>) attention_.extend(state_, inputs, out, context);
   }
+
+  std::unique_ptr<Subject<T>> copy() const override { return std::make_unique<SubjectOf>(*this); }
 
   void each_parameter(const typename Subject<T>::Visit& visit) override { attention_.parameters().for_each(visit); }
   void each_parameter_gradient(const typename Subject<T>::Visit& visit) override { grad_parameters_.for_each(visit); }

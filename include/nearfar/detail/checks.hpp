@@ -148,6 +148,15 @@ void check_inputs(std::string_view mechanism, const Heads& heads, const Inputs<S
   }
 }
 
+/// Tokens to append to a stream.
+template <class Scalar>
+void check_stream_inputs(std::string_view mechanism, const Heads& heads, const Inputs<Scalar>& inputs,
+                         Tokens<const Scalar> out) {
+  check_inputs<Scalar>(mechanism, heads, inputs, out, Lengths::equal);
+  require(inputs.query_offsets.empty(), mechanism, "a stream is one sequence, but query_offsets has ",
+          inputs.query_offsets.size(), " numbers.");
+}
+
 /// Gradients of the shapes of what they belong to.
 template <class Scalar>
 void check_gradients(std::string_view mechanism, const Heads& heads, const Inputs<Scalar>& inputs,

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <nearfar/detail/checks.hpp>
+#include <nearfar/engine/key_value_cache.hpp>
 #include <nearfar/engine/window_attention.hpp>
 #include <nearfar/engine/window_gradient.hpp>
 
@@ -22,6 +23,10 @@ class WindowMechanism {
   struct Saved {
     Matrix<double> log_sum_exp;
   };
+
+  /// What a stream remembers: keys, values and mask of the tokens that later queries see, which are all tokens, or the
+  /// last window.left, in room for up to three times as many.
+  using State = KeyValueCache<T>;
 
   const Heads& heads() const { return heads_; }
   const Options& options() const { return options_; }
@@ -50,6 +55,30 @@ class WindowMechanism {
                 Context& context = default_context()) const {
     check_shape(name_, "grad_log_sum_exp", grad_log_sum_exp, heads_.query, inputs.query.rows(), "the heads", "queries");
     differentiate(inputs, out, saved, grad_out, grad_log_sum_exp, grad_inputs, context);
+  }
+
+  /// A stream that has seen nothing. No query may see later keys: the attention must be causal, or window.right 0.
+  /// Room for `room` tokens, or for all that a window needs where that is less, is made now, and extending by single
+  /// tokens within it allocates nothing. Otherwise it grows by doubling.
+  State start(Index room = 0) const {
+    if constexpr (requires { options_.window; }) {
+      require(window_.right == 0, name_,
+              "a stream needs causal attention or window.right 0, but causal is false and window.right is ",
+              window_.right, ".");
+    } else {
+      require(options_.causal, name_, "a stream needs causal attention, but causal is false.");
+    }
+    require(room >= 0, name_, "room must be 0 or more, but is ", room, ".");
+    return start_window<T>(heads_, tokens_back(window_), room);
+  }
+
+  /// Appends tokens, with as many queries as keys, to a stream and writes their rows of out. Costs what forward costs
+  /// for these queries, and a copy of their keys and values.
+  void extend(State& state, const Inputs<T>& inputs, Tokens<T> out, Context& context = default_context()) const {
+    check_stream_inputs<T>(name_, heads_, inputs, out);
+    check_cache(name_, heads_, state);
+    extend_window(state, tokens_back(window_), inputs, out,
+                  [&](const Inputs<T>& seen, Tokens<T> rows) { attend(seen, rows, nullptr, context); });
   }
 
  protected:
