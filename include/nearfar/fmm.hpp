@@ -1,6 +1,7 @@
 #pragma once
 
 #include <nearfar/detail/checks.hpp>
+#include <nearfar/engine/key_value_cache.hpp>
 #include <nearfar/engine/window_attention.hpp>
 #include <nearfar/engine/window_gradient.hpp>
 #include <nearfar/linear.hpp>
@@ -65,6 +66,7 @@ struct FmmParameters {
 /// it is finished, and nothing of size n is kept. A second call of the same shapes allocates nothing. Masked keys are
 /// never read. A query that sees no key in the window gets the far field alone, and one that sees no key at all a zero
 /// row.
+/// Streams (causal, row_sum) remember what Banded and Linear do: the last window.left keys and values, and O(1) sums.
 /// Source: Nguyen et al., FMMformer, arXiv 2108.02347, equations 5 and 9, blended.
 template <class T>
 class Fmm {
@@ -79,6 +81,12 @@ class Fmm {
     Matrix<T> near;
     Matrix<double> log_sum_exp;
     Matrix<T> inverse_normalizer;
+  };
+
+  /// What a stream remembers: the last window.left keys and values, as Banded, and the sums of Linear.
+  struct State {
+    detail::KeyValueCache<T> near;
+    typename Linear<T>::State far;
   };
 
   explicit Fmm(const Heads& heads, const Options& options = {})
@@ -97,7 +105,7 @@ class Fmm {
     check_parameters(parameters_, "");
     detail::Work work(context);
     const Gates gates = open_gates(work);
-    detail::window_attention(work, heads_, window(), scale(), inputs, out, nullptr, gates.near);
+    attend_near(work, gates, inputs, out);
     far_.sum().forward({.inputs = inputs, .out = out, .weights = gates.far, .add = true}, work);
   }
 
@@ -151,6 +159,27 @@ class Fmm {
                          .add = true},
                         work);
     close_gates(gates, grad_gates, grad_parameters);
+  }
+
+  /// A stream that has seen nothing. The attention must be causal and normalised by row_sum. `room` as in Banded.
+  State start(Index room = 0) const {
+    detail::check_linear_stream(name, linear_options(options_));
+    detail::require(room >= 0, name, "room must be 0 or more, but is ", room, ".");
+    return {detail::start_window<T>(heads_, detail::tokens_back(window()), room), far_.start()};
+  }
+
+  /// Appends tokens, with as many queries as keys, to a stream and writes their rows of out. The blend weights may
+  /// change between calls. O(window) memory in the tokens seen.
+  void extend(State& state, const Inputs<T>& inputs, Tokens<T> out, Context& context = default_context()) const {
+    detail::check_stream_inputs<T>(name, heads_, inputs, out);
+    detail::check_cache(name, heads_, state.near);
+    far_.check_state(name, state.far);
+    check_parameters(parameters_, "");
+    detail::Work work(context);
+    const Gates gates = open_gates(work);
+    detail::extend_window(state.near, detail::tokens_back(window()), inputs, out,
+                          [&](const Inputs<T>& seen, Tokens<T> rows) { attend_near(work, gates, seen, rows); });
+    far_.extend(state.far, {.inputs = inputs, .out = out, .weights = gates.far, .add = true}, work);
   }
 
  private:
@@ -207,6 +236,11 @@ class Fmm {
     const Tokens<T> gates = take_gates(work);
     for_each_gate(parameters_, [&](T weight, Index row, Index col) { gates(row, col) = gate(weight); });
     return {gates.middle_rows(0, heads_.query), gates.middle_rows(heads_.query, maps() * heads_.query)};
+  }
+
+  // The near field, weighted.
+  void attend_near(detail::Work& work, const Gates& gates, const Inputs<T>& inputs, Tokens<T> out) const {
+    detail::window_attention(work, heads_, window(), scale(), inputs, out, nullptr, gates.near);
   }
 
   // The gradients of the weights from those of the gates.

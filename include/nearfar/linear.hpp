@@ -53,6 +53,12 @@ inline void check_linear(std::string_view mechanism, std::span<const AnyFeatureM
   require(eps >= 0 && std::isfinite(eps), mechanism, "eps must be finite and 0 or more, but is ", eps, ".");
 }
 
+inline void check_linear_stream(std::string_view mechanism, const LinearOptions& options) {
+  require(options.causal, mechanism, "a stream needs causal attention, but causal is false.");
+  require(options.normalizer == Normalizer::row_sum, mechanism,
+          "a stream needs normalizer row_sum, but normalizer is sqrt_length.");
+}
+
 }  // namespace detail
 
 template <class T>
@@ -108,24 +114,30 @@ class Linear {
   /// A stream that has seen nothing. The attention must be causal and normalised by row_sum: sqrt_length would change
   /// for the tokens that are done with every token that comes.
   State start() const {
-    detail::require(options_.causal, "Linear", "a stream needs causal attention, but causal is false.");
-    detail::require(options_.normalizer == Normalizer::row_sum, "Linear",
-                    "a stream needs normalizer row_sum, but normalizer is sqrt_length.");
-    return {std::vector<T>(static_cast<std::size_t>(heads_.key_value * sum().sums_size()), T(0)), false};
+    detail::check_linear_stream("Linear", options_);
+    return {std::vector<T>(state_size(), T(0)), false};
   }
 
   /// Appends tokens, with as many queries as keys, to a stream and writes their rows of out. O(1) memory in the tokens
   /// seen.
   void extend(State& state, const Inputs<T>& inputs, Tokens<T> out, Context& context = default_context()) const {
-    detail::check_inputs<T>("Linear", heads_, inputs, out, detail::Lengths::equal);
-    const auto sums = static_cast<std::size_t>(heads_.key_value * sum().sums_size());
-    detail::require(state.sums.size() == sums, "Linear", "this state holds ", state.sums.size(),
-                    " sums, but its heads and maps need ", sums, ": take it from start().");
-    detail::require(inputs.query_offsets.empty(), "Linear", "a stream is one sequence, but query_offsets has ",
-                    inputs.query_offsets.size(), " numbers.");
+    detail::check_stream_inputs<T>("Linear", heads_, inputs, out);
+    check_state("Linear", state);
     detail::Work work(context);
-    sum().forward({.inputs = inputs, .out = out, .stream = state.sums.data(), .stream_has_keys = state.has_keys}, work);
-    state.has_keys |= sum().first_visible_key(inputs, sequence(inputs, 0)) < inputs.key.rows();
+    extend(state, {.inputs = inputs, .out = out}, work);
+  }
+
+  /// The same for mechanisms that blend, which check the state and say in `call` what becomes of the result.
+  void extend(State& state, typename detail::KernelSum<T>::Forward call, detail::Work& work) const {
+    call.stream = state.sums.data();
+    call.stream_has_keys = state.has_keys;
+    sum().forward(call, work);
+    state.has_keys |= sum().first_visible_key(call.inputs, sequence(call.inputs, 0)) < call.inputs.key.rows();
+  }
+
+  void check_state(std::string_view mechanism, const State& state) const {
+    detail::require(state.sums.size() == state_size(), mechanism, "this state holds ", state.sums.size(),
+                    " sums, but its heads and maps need ", state_size(), ": take it from start().");
   }
 
   /// The sum itself, for mechanisms that blend the maps with weights.
@@ -135,6 +147,8 @@ class Linear {
   }
 
  private:
+  std::size_t state_size() const { return static_cast<std::size_t>(heads_.key_value * sum().sums_size()); }
+
   Heads heads_;
   Options options_;
   Parameters parameters_;
