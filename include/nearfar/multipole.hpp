@@ -2,6 +2,7 @@
 
 #include <nearfar/detail/checks.hpp>
 #include <nearfar/engine/multipole_gradient.hpp>
+#include <nearfar/engine/multipole_stream.hpp>
 #include <nearfar/engine/pooled_queries.hpp>
 #include <nearfar/engine/pooling_convolution.hpp>
 #include <nearfar/engine/window_gradient.hpp>
@@ -83,6 +84,8 @@ struct MultipoleParameters {
 /// backward pass takes 2.5 times as much.
 /// Memory beside inputs and out: O(n rank / block) pooled rows of each head; backward O(n) rows. A second call of the
 /// same shapes allocates nothing.
+/// Streams (causal) remember near keys and values of at most two blocks, and at most 4 rank pooled rows a level: which
+/// groups a query sees, and what they hold, is in its place alone.
 /// Masked keys enter no near field, mean, mass or convolution, and sub-blocks (groups, where pooling is learned)
 /// without a token are skipped. A query that sees no key gets a zero row and log-sum-exp -infinity.
 ///
@@ -100,6 +103,9 @@ class Multipole {
   struct Saved {
     Matrix<double> log_sum_exp;
   };
+
+  /// What a stream remembers: near keys and values of at most two blocks, and O(rank log n) pooled rows of each head.
+  using State = detail::MultipoleState<T>;
 
   /// Throws std::invalid_argument on options that contradict each other. Learned pooling starts as the average.
   explicit Multipole(const Heads& heads, const Options& options = {}) : heads_(heads), options_(options) {
@@ -152,10 +158,32 @@ class Multipole {
       const Sequence rows = sequence(inputs, b);
       if (rows.query_count == 0) continue;
       const auto part = [&](const auto& tokens) { return tokens.middle_rows(rows.query_begin, rows.query_count); };
-      backward_sequence(work, sequence_inputs(inputs, rows), part(grad_out),
+      backward_sequence(work, detail::middle_tokens(inputs, rows.query_begin, rows.query_count), part(grad_out),
                         saved.log_sum_exp.data() + rows.query_begin, delta + rows.query_begin, stride,
                         {part(grad_inputs.query), part(grad_inputs.key), part(grad_inputs.value)}, grad_parameters);
     }
+  }
+
+  /// A stream that has seen nothing, with room for `room` tokens as in Softmax. The attention must be causal.
+  State start(Index room = 0) const {
+    detail::require(options_.causal, name, "a stream needs causal attention, but causal is false.");
+    detail::require(room >= 0, name, "room must be 0 or more, but is ", room, ".");
+    State state{detail::start_window<T>(heads_, 2 * options_.block, room), {}, {}, {}, {}};
+    state.make_room(heads_, stream_tree(0, room / options_.block).levels(), options_.rank);
+    return state;
+  }
+
+  /// Appends tokens, with as many queries as keys, to a stream and writes their rows of out. The parameters must not
+  /// change meanwhile. Takes as long as forward for these queries; for one O((block + rank log n) dim) a head, and each
+  /// block-th token pools a block: O(block dim), or O(block rank log n dim) for the authors' learned pooling.
+  void extend(State& state, const Inputs<T>& inputs, Tokens<T> out, Context& context = default_context()) const {
+    detail::check_stream_inputs<T>(name, heads_, inputs, out);
+    detail::check_state(name, heads_, stream_tree(state.tokens / options_.block, state.tokens / options_.block), state);
+    check_levels(state.tokens + inputs.query.rows());
+    detail::Work work(context);
+    detail::extend_blocks(
+        state.near, options_.block, state.tokens, inputs, out,
+        [&](Index block, const Inputs<T>& seen, Tokens<T> rows) { extend(work, state, block, seen, rows); });
   }
 
  private:
@@ -164,14 +192,14 @@ class Multipole {
 
   void check(const Inputs<T>& inputs, Tokens<const T> out) const {
     detail::check_inputs<T>(name, heads_, inputs, out, detail::Lengths::equal);
+    for (Index b = 0; b < sequence_count(inputs); ++b) check_levels(sequence(inputs, b).key_count);
+  }
+
+  void check_levels(Index tokens) const {
     if (options_.pooling == Pooling::average) return;
-    for (Index b = 0; b < sequence_count(inputs); ++b) {
-      const Index tokens = sequence(inputs, b).key_count;
-      const Index levels = tree(tokens).levels();
-      detail::require(levels <= options_.levels, name, "a sequence of ", tokens,
-                      " tokens needs pooling parameters for ", levels, " levels, but options.levels is ",
-                      options_.levels, ".");
-    }
+    const Index levels = tree(tokens).levels();
+    detail::require(levels <= options_.levels, name, "a sequence of ", tokens, " tokens needs pooling parameters for ",
+                    levels, " levels, but options.levels is ", options_.levels, ".");
   }
 
   void check_parameters(const Parameters& grad_parameters) const {
@@ -197,17 +225,6 @@ class Multipole {
     return level;
   }
 
-  static Inputs<T> sequence_inputs(const Inputs<T>& inputs, const Sequence& rows) {
-    Inputs<T> one{inputs.query.middle_rows(rows.query_begin, rows.query_count),
-                  inputs.key.middle_rows(rows.key_begin, rows.key_count),
-                  inputs.value.middle_rows(rows.key_begin, rows.key_count)};
-    if (!inputs.key_mask.empty()) {
-      one.key_mask =
-          inputs.key_mask.subspan(static_cast<std::size_t>(rows.key_begin), static_cast<std::size_t>(rows.key_count));
-    }
-    return one;
-  }
-
   static const std::uint8_t* mask(const Inputs<T>& inputs) {
     return inputs.key_mask.empty() ? nullptr : inputs.key_mask.data();
   }
@@ -220,7 +237,8 @@ class Multipole {
     detail::Work work(context);
     for (Index b = 0; b < sequence_count(inputs); ++b) {
       const Sequence rows = sequence(inputs, b);
-      attend_sequence(work, sequence_inputs(inputs, rows), out.middle_rows(rows.query_begin, rows.query_count),
+      attend_sequence(work, detail::middle_tokens(inputs, rows.query_begin, rows.query_count),
+                      out.middle_rows(rows.query_begin, rows.query_count),
                       log_sum_exp == nullptr ? nullptr : log_sum_exp + rows.query_begin, inputs.query.rows());
     }
   }
@@ -235,18 +253,51 @@ class Multipole {
       pooled.emplace(work, tree, heads_, scale(), inputs.query, query_mask(inputs));
       pooled->attend(walk);
     }
-    attend_tiles(work, tree, walk, pooled ? &*pooled : nullptr, inputs, out, log_sum_exp, stride);
+    attend_tiles(work, tree, walk, pooled ? &*pooled : nullptr, inputs, 0, out, log_sum_exp, stride);
   }
 
+  // The whole blocks of a stream up to block `end`, of which those from `first` on are new. A level has its rows from
+  // when its first group is whole; that of the authors' learned pooling, from when it holds a token.
+  detail::Hierarchy stream_tree(Index first, Index end) const {
+    Index levels = options_.levels;
+    if (options_.pooling == Pooling::average) {
+      for (levels = 0; end >> levels > 0;) ++levels;
+    }
+    return {end * options_.block, options_.block, options_.rank, first, levels};
+  }
+
+  // Goes on with a stream, from queries of `first_block` on. The keys are those from the tree's first token on.
+  void extend(detail::Work& work, State& state, Index first_block, const Inputs<T>& inputs, Tokens<T> out) const {
+    const Index begin = state.tokens;
+    const Index end = begin + inputs.query.rows();
+    const detail::Hierarchy tree = stream_tree(first_block, end / options_.block);
+    detail::FarField<T> far = state.far(heads_.key_value);
+    if (tree.blocks() > first_block) {
+      far = detail::take_far_field<T>(work, tree, heads_);
+      detail::copy_groups(stream_tree(first_block, first_block), state.far(heads_.key_value), tree, far);
+      pool(work, tree, inputs, far);
+    }
+    const detail::MultipoleWalk<T> walk(tree, inputs, far, heads_.dim, true);
+    attend_tiles(work, tree, walk, nullptr, inputs, begin, out, nullptr, 0);
+    if (tree.blocks() > first_block) {
+      const detail::Hierarchy rest = stream_tree(tree.blocks(), tree.blocks());
+      state.make_room(heads_, rest.levels(), options_.rank);
+      detail::copy_groups(tree, far, rest, state.far(heads_.key_value));
+    }
+    state.tokens = end;
+  }
+
+  // `first` is the place of the first query.
   void attend_tiles(detail::Work& work, const detail::Hierarchy& tree, const detail::MultipoleWalk<T>& walk,
-                    const detail::PooledQueries<T>* pooled, const Inputs<T>& inputs, Tokens<T> out, double* log_sum_exp,
-                    Index stride) const {
+                    const detail::PooledQueries<T>* pooled, const Inputs<T>& inputs, Index first, Tokens<T> out,
+                    double* log_sum_exp, Index stride) const {
     const Index dim = heads_.dim;
     const detail::Tiles tiles(work, inputs, tree.rows_of_blocks(queries_a_tile));
     work.for_each(tiles.count() * heads_.query, [&](Index task, detail::Scratch& scratch) {
       const detail::Tile tile = tiles[task / heads_.query];
       const Index head = task % heads_.query;
       const Index key_head = head / heads_.group();
+      const detail::Tile place{0, first + tile.first, tile.count};
       const Tokens<const T> query = inputs.query.middle_rows(tile.first, tile.count).middle_cols(head * dim, dim);
       const Tokens<T> result = out.middle_rows(tile.first, tile.count).middle_cols(head * dim, dim);
       detail::QueryTile<T> queries(scratch, tile.count, dim, dim);
@@ -258,12 +309,12 @@ class Multipole {
       if (head + 1 < heads_.query) {
         // The next task is likely this tile's next head.
         after.add(query.data() + dim, query.stride(), tile.count, dim);
-        walk.announce(tile, (head + 1) / heads_.group(), after);
+        walk.announce(place, (head + 1) / heads_.group(), after);
       }
-      queries.load(query.data(), query.stride(), tile.first, tile.count, scale() * detail::log2_e<T>);
+      queries.load(query.data(), query.stride(), place.first, tile.count, scale() * detail::log2_e<T>);
       if (pooled != nullptr) pooled->hand_down(head, queries);
-      walk.near_field(tile, key_head, keys, queries.lookahead(), after, visit);
-      if (pooled == nullptr) walk.far_field(tile, key_head, keys, visit);
+      walk.near_field(place, key_head, keys, queries.lookahead(), after, visit);
+      if (pooled == nullptr) walk.far_field(place, key_head, keys, visit);
       detail::with_store(out, dim, [&](auto store) {
         queries.finish(result.data(), result.stride(),
                        log_sum_exp == nullptr ? nullptr : log_sum_exp + head * stride + tile.first, nullptr, store);
@@ -291,9 +342,13 @@ class Multipole {
 
   /// The upward pass: pooled keys and values of all levels, and their masses.
   detail::FarField<T> pool(detail::Work& work, const detail::Hierarchy& tree, const Inputs<T>& inputs) const {
-    const detail::FarField<T> far{detail::take_head_rows<T>(work, tree.rows(), heads_.key_value, heads_.dim),
-                                  detail::take_head_rows<T>(work, tree.rows(), heads_.key_value, heads_.dim),
-                                  work.take<T>(tree.rows()), work.take<T>(tree.rows())};
+    const auto far = detail::take_far_field<T>(work, tree, heads_);
+    pool(work, tree, inputs, far);
+    return far;
+  }
+
+  void pool(detail::Work& work, const detail::Hierarchy& tree, const Inputs<T>& inputs,
+            const detail::FarField<T>& far) const {
     const auto key = detail::head_rows(inputs.key, heads_.key_value);
     const auto value = detail::head_rows(inputs.value, heads_.key_value);
     detail::count_tokens(tree, mask(inputs), far.mass);
@@ -308,7 +363,6 @@ class Multipole {
     for (Index row = 0; row < tree.rows(); ++row) {
       far.bias[row] = options_.mass_scaling || far.mass[row] == T(0) ? std::log2(far.mass[row]) : T(0);
     }
-    return far;
   }
 
   /// The gradient's downward pass, from the pooled keys and values to tokens and parameters.

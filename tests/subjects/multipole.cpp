@@ -42,6 +42,8 @@ const bool added =
         {.block = 4, .rank = 2, .causal = true, .pooling = Pooling::grouped_convolution, .levels = 10}) &&
     add("multipole_hierarchical",
         {.block = 8, .rank = 4, .pooling = Pooling::hierarchical_convolution, .levels = 10}) &&
+    add("multipole_hierarchical_causal",
+        {.block = 6, .rank = 2, .causal = true, .pooling = Pooling::hierarchical_convolution, .levels = 10}) &&
     add("multipole_pooled_queries", {.block = 8, .rank = 2, .pooled_queries = true}) &&
     add("multipole_pooled_queries_of_all",
         {.block = 4, .rank = 4, .pooled_queries = true, .query_pooling = QueryPooling::all});

@@ -10,9 +10,10 @@ namespace detail {
 
 /// One level of far groups.
 struct Level {
-  Index width = 0;      ///< tokens a group: block * 2^(l-1) at level l
-  Index groups = 0;     ///< groups that hold a token; the last may be ragged
-  Index first_row = 0;  ///< where its pooled rows begin among the rows of all levels
+  Index width = 0;        ///< tokens a group: block * 2^(l-1) at level l
+  Index groups = 0;       ///< groups that hold a token; the last may be ragged
+  Index first_row = 0;    ///< where the pooled rows of group 0 begin, or would begin, among those of all levels
+  Index first_group = 0;  ///< those before it have no rows
 };
 
 /// The pooled rows that one group sees at its own level, before and after it.
@@ -34,14 +35,21 @@ struct InteractionList {
 ///
 /// Row r of group g of level l is row first_row + g * rank + r of all pooled rows, of which there are
 /// about 2 * tokens * rank / block.
+///
+/// A stream that has come to block `first_block` has no need of the whole tree: of the groups before, at most three a
+/// level are in interaction lists or have a parent to come, the others have no rows. It has the levels that it will
+/// need later too, `least_levels` or more.
 class Hierarchy {
  public:
-  Hierarchy(Index tokens, Index block, Index rank) : tokens_(tokens), block_(block), rank_(rank) {
-    Index groups = tokens == 0 ? 0 : (tokens - 1) / block + 1;
-    for (Index width = block; groups > 2; width *= 2, groups = (groups + 1) / 2) {
-      level_[static_cast<std::size_t>(++levels_)] = {width, groups, rows_};
+  Hierarchy(Index tokens, Index block, Index rank, Index first_block = 0, Index least_levels = 0)
+      : tokens_(tokens), block_(block), rank_(rank), first_block_(first_block) {
+    Index groups = blocks();
+    for (Index width = block; groups > 2 || levels_ < least_levels; width *= 2, groups = (groups + 1) / 2) {
+      const Index first = std::max<Index>(first_block / 2 - 1, 0) * 2;
+      level_[static_cast<std::size_t>(++levels_)] = {width, groups, rows_ - first * rank, first};
       // A last group without a sibling is given one that holds no token: every parent has two children.
-      rows_ += (groups + groups % 2) * rank;
+      rows_ += (groups + groups % 2 - first) * rank;
+      first_block /= 2;
     }
   }
 
@@ -50,6 +58,16 @@ class Hierarchy {
   Index rank() const { return rank_; }
   Index blocks() const { return tokens_ == 0 ? 0 : (tokens_ - 1) / block_ + 1; }
   Index levels() const { return levels_; }
+
+  /// The first token that is at hand itself: the near field of the first block begins with it.
+  Index first_token() const { return std::max<Index>(first_block_ - 1, 0) * block_; }
+
+  /// The tokens that are yet to be pooled, and the groups of a level that hold some of them.
+  Range new_tokens() const { return {first_block_ * block_, tokens_}; }
+  Range new_groups(Index l) const {
+    const Index shift = l - 1;
+    return {first_block_ >> shift, blocks() > first_block_ ? ((blocks() - 1) >> shift) + 1 : 0};
+  }
 
   /// The pooled rows of all levels.
   Index rows() const { return rows_; }
@@ -94,6 +112,7 @@ class Hierarchy {
   Index tokens_;
   Index block_;
   Index rank_;
+  Index first_block_;
   Index levels_ = 0;
   Index rows_ = 0;
   std::array<Level, 64> level_{};
@@ -109,9 +128,10 @@ class NearField {
 
   Range seen_by_any(Index query, Index count) const { return {first(query), end(query + count - 1)}; }
   Range seen_by_all(Index query, Index count) const { return {first(query + count - 1), end(query)}; }
+  /// They need not all exist.
   Range seeing(Index key) const {
-    const Range near = tree_.near_field(key / tree_.block());
-    return {causal_ ? key : near.first, near.end};
+    const Index block = key / tree_.block();
+    return {causal_ ? key : tree_.near_field(block).first, (block + 2) * tree_.block()};
   }
 
  private:

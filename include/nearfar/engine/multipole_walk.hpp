@@ -21,8 +21,15 @@ struct FarField {
   T* bias = nullptr;
 };
 
+template <class T>
+FarField<T> take_far_field(Work& work, const Hierarchy& tree, const Heads& heads) {
+  return {take_head_rows<T>(work, tree.rows(), heads.key_value, heads.dim),
+          take_head_rows<T>(work, tree.rows(), heads.key_value, heads.dim), work.take<T>(tree.rows()),
+          work.take<T>(tree.rows())};
+}
+
 /// The walk of a tile of queries of one head over all that it sees of one sequence: first the near field, token by
-/// token, then the far field by its interaction lists.
+/// token, then the far field by its interaction lists. Keys and values are those from the tree's first token on.
 ///
 /// What it meets it copies into a key tile, and calls visit(band) as often as that is full or the walk at an end:
 /// forward and backward differ in this visit alone. Near keys stand at their token's place, pooled keys at their row's.
@@ -41,14 +48,15 @@ class MultipoleWalk {
     const Tokens<const T> value = inputs_.value.middle_cols(key_head * dim_, dim_);
     const Range seen = near.seen_by_any(tile.first, tile.count);
     for (Index j = seen.first; j < seen.end; ++j) {
-      if (inputs_.key_mask.empty() || inputs_.key_mask[static_cast<std::size_t>(j)] != 0) {
-        keys.append(key.row(j), value.row(j), j);
+      const Index row = j - tree_.first_token();
+      if (inputs_.key_mask.empty() || inputs_.key_mask[static_cast<std::size_t>(row)] != 0) {
+        keys.append(key.row(row), value.row(row), j);
       }
       if (keys.full() || j + 1 == seen.end) {
         const Index next = std::min(seen.end - (j + 1), KeyTile<T>::capacity);
         lookahead = next > 0 ? Lookahead{} : after;
-        lookahead.add(key.row(j) + key.stride(), key.stride(), next, dim_);
-        lookahead.add(value.row(j) + value.stride(), value.stride(), next, dim_);
+        lookahead.add(key.row(row) + key.stride(), key.stride(), next, dim_);
+        lookahead.add(value.row(row) + value.stride(), value.stride(), next, dim_);
         if (keys.count() > 0) visit(near);
         keys.clear();
       }
@@ -58,9 +66,10 @@ class MultipoleWalk {
   /// The first keys that a tile of queries will read.
   void announce(const Tile& tile, Index key_head, Lookahead& lookahead) const {
     const Range seen = NearField(tree_, causal_).seen_by_any(tile.first, tile.count);
+    const Index first = seen.first - tree_.first_token();
     const Index rows = std::min(seen.count(), KeyTile<T>::capacity);
-    lookahead.add(inputs_.key.row(seen.first) + key_head * dim_, inputs_.key.stride(), rows, dim_);
-    lookahead.add(inputs_.value.row(seen.first) + key_head * dim_, inputs_.value.stride(), rows, dim_);
+    lookahead.add(inputs_.key.row(first) + key_head * dim_, inputs_.key.stride(), rows, dim_);
+    lookahead.add(inputs_.value.row(first) + key_head * dim_, inputs_.value.stride(), rows, dim_);
   }
 
   /// The interaction lists of all levels. Several levels, from `top` down to `bottom`, share a visit.

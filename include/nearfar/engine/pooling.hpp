@@ -67,20 +67,27 @@ HeadRows<T> take_zero_head_rows(Work& work, Index rows, Index heads, Index dim) 
 }
 
 /// How many tokens each pooled row of a hierarchy stands for: of its sub-block, those that exist and are not masked.
+/// Leaves the rows of groups without new tokens as they are. `mask` begins with the tree's first token.
 template <class T>
 void count_tokens(const Hierarchy& tree, const std::uint8_t* mask, T* count) {
-  std::fill(count, count + tree.rows(), T(0));
   for (Index l = 1; l <= tree.levels(); ++l) {
-    T* parents = count + tree.level(l).first_row;
-    for (Index row = 0; row < tree.level(l).groups * tree.rank(); ++row) {
+    const Level& level = tree.level(l);
+    const Range groups = tree.new_groups(l);
+    const Index end = level.groups + level.groups % 2;
+    std::fill(count + (level.first_row + groups.first * tree.rank()), count + (level.first_row + end * tree.rank()),
+              T(0));
+    for (Index row = groups.first * tree.rank(); row < groups.end * tree.rank(); ++row) {
+      T& seen = count[level.first_row + row];
       if (l > 1) {
-        const T* children = count + tree.level(l - 1).first_row + 2 * row;
-        parents[row] = children[0] + children[1];
+        const Index child = tree.level(l - 1).first_row + 2 * row;
+        seen = count[child] + count[child + 1];
       } else {
         const Range tokens = tree.sub_block_tokens(row);
-        Index seen = tokens.count();
-        for (Index i = tokens.first; mask != nullptr && i < tokens.end; ++i) seen -= mask[i] == 0;
-        parents[row] = static_cast<T>(seen);
+        Index present = tokens.count();
+        for (Index i = tokens.first; mask != nullptr && i < tokens.end; ++i) {
+          present -= mask[i - tree.first_token()] == 0;
+        }
+        seen = static_cast<T>(present);
       }
     }
   }
@@ -89,16 +96,21 @@ void count_tokens(const Hierarchy& tree, const std::uint8_t* mask, T* count) {
 /// Gives all rows of a group an equal share of its tokens, as learned pooling has it, where every row pools them all.
 template <class T>
 void share_mass(const Hierarchy& tree, T* mass) {
-  for (T* group = mass; group != mass + tree.rows(); group += tree.rank()) {
-    const T share = std::accumulate(group, group + tree.rank(), T(0)) / static_cast<T>(tree.rank());
-    std::fill(group, group + tree.rank(), share);
+  for (Index l = 1; l <= tree.levels(); ++l) {
+    const Range groups = tree.new_groups(l);
+    for (Index g = groups.first; g < groups.end; ++g) {
+      T* const group = mass + (tree.level(l).first_row + g * tree.rank());
+      const T share = std::accumulate(group, group + tree.rank(), T(0)) / static_cast<T>(tree.rank());
+      std::fill(group, group + tree.rank(), share);
+    }
   }
 }
 
 /// The walk of a hierarchy from its leaves to its root and back, over the threads: trees of some levels are one task
 /// each, whose rows stay in the cache from level to level, and the few rows above them are the caller's.
 ///
-/// `visit(l, rows)` handles the pooled rows [rows.first, rows.end) of level l, counted within the level.
+/// `visit(l, rows)` handles the pooled rows [rows.first, rows.end) of level l, counted within the level: those of
+/// groups that hold new tokens.
 class TreeWalk {
  public:
   explicit TreeWalk(const Hierarchy& tree) : tree_(tree) {
@@ -106,23 +118,23 @@ class TreeWalk {
          ++levels_) {
       if (levels_ > 0) tokens *= 2;
     }
-    subtrees_ = levels_ == 0 ? 0 : tree.level(levels_).groups;
+    if (levels_ > 0) subtrees_ = tree.new_groups(levels_);
   }
 
   /// Children before their parents: the upward pass.
   template <class Visit>
   void upward(Work& work, Visit&& visit) const {
-    work.for_each(subtrees_, [&](Index subtree, Scratch&) {
+    work.for_each(subtrees_.count(), [&](Index subtree, Scratch&) {
       for (Index l = 1; l <= levels_; ++l) visit(l, rows(subtree, l));
     });
-    for (Index l = levels_ + 1; l <= tree_.levels(); ++l) visit(l, rows(0, l, tree_.level(l).groups));
+    for (Index l = levels_ + 1; l <= tree_.levels(); ++l) visit(l, rows(l, tree_.new_groups(l)));
   }
 
   /// Parents before their children: the downward pass.
   template <class Visit>
   void downward(Work& work, Visit&& visit) const {
-    for (Index l = tree_.levels(); l > levels_; --l) visit(l, rows(0, l, tree_.level(l).groups));
-    work.for_each(subtrees_, [&](Index subtree, Scratch&) {
+    for (Index l = tree_.levels(); l > levels_; --l) visit(l, rows(l, tree_.new_groups(l)));
+    work.for_each(subtrees_.count(), [&](Index subtree, Scratch&) {
       for (Index l = levels_; l >= 1; --l) visit(l, rows(subtree, l));
     });
   }
@@ -130,19 +142,24 @@ class TreeWalk {
  private:
   static constexpr Index task_tokens = 1024;
 
-  Range rows(Index subtree, Index l) const { return rows(subtree, l, Index{1} << (levels_ - l)); }
+  Range rows(Index subtree, Index l) const {
+    const Index groups = Index{1} << (levels_ - l);
+    const Index first = (subtrees_.first + subtree) * groups;
+    return rows(l, {first, first + groups});
+  }
 
-  Range rows(Index subtree, Index l, Index groups) const {
-    const Index end = std::min((subtree + 1) * groups, tree_.level(l).groups);
-    return {subtree * groups * tree_.rank(), end * tree_.rank()};
+  Range rows(Index l, Range groups) const {
+    const Range all = tree_.new_groups(l);
+    return {std::max(groups.first, all.first) * tree_.rank(), std::min(groups.end, all.end) * tree_.rank()};
   }
 
   const Hierarchy& tree_;
   Index levels_ = 0;  // of a subtree
-  Index subtrees_ = 0;
+  Range subtrees_;
 };
 
 /// The upward pass of average pooling: the mean of each sub-block of every level, over the tokens that `count` counts.
+/// `tokens` and `mask` begin with the tree's first token; groups without new tokens are left as they are.
 ///
 /// Level 1 reads the tokens, whole rows one after another; a row of a level above is the mean of its two children
 /// weighted by their counts, which is the mean of all its tokens. Rows that count no token are zero. The order of all
@@ -161,11 +178,12 @@ void pool_average(Work& work, const Hierarchy& tree, HeadRows<const T> tokens, c
         const Range members = tree.sub_block_tokens(r);
         pooled.set_zero(parent);
         for (Index i = members.first; i < members.end; ++i) {
-          if (mask != nullptr && mask[i] == 0) continue;
+          const Index row = i - tree.first_token();
+          if (mask != nullptr && mask[row] == 0) continue;
           for (Index h = 0; h < pooled.heads; ++h) {
             T* const sum = pooled.row(h, parent);
             combine(
-                pooled.dim, sum, [](const auto& a, const auto& b) { return padd(a, b); }, sum, tokens.row(h, i));
+                pooled.dim, sum, [](const auto& a, const auto& b) { return padd(a, b); }, sum, tokens.row(h, row));
           }
         }
         const T share = T(1) / count[parent];

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <nearfar/detail/simd.hpp>
 #include <nearfar/engine/pooling.hpp>
 
 #include <vector>
@@ -22,16 +23,19 @@ struct PoolingConvolution {
 
 namespace detail {
 
-/// What the groups of one level pool.
+/// What the groups of one level pool. Of the children those in `all` are at hand; the others of a group, before them,
+/// have been pooled already.
 template <class T>
 struct Children {
   HeadRows<T> rows;
-  Index window;              ///< children a group
-  Index count;               ///< in all: the last group's may be fewer
-  const std::uint8_t* mask;  ///< null: none is masked
+  Index first_row;  ///< where child 0 stands, or would stand, among the rows
+  Index window;     ///< children a group: the last group's may be fewer
+  Range all;
+  const std::uint8_t* mask;  ///< of the rows; null: none is masked
 
-  Range of(Index group) const { return {group * window, std::min((group + 1) * window, count)}; }
-  bool masked(Index child) const { return mask != nullptr && mask[child] == 0; }
+  Range of(Index group) const { return {std::max(group * window, all.first), std::min((group + 1) * window, all.end)}; }
+  auto features(Index head, Index child) const { return rows.features(head, first_row + child); }
+  bool masked(Index child) const { return mask != nullptr && mask[first_row + child] == 0; }
 };
 
 /// The learned pooling of a sequence: its upward pass and the gradient's downward pass.
@@ -41,7 +45,8 @@ struct Children {
 ///
 /// with products feature by feature. Tokens that are masked or past the end enter as zeros, and so do child groups
 /// without a token. Groups without a token are skipped: their rows are zero. Time O(n d rank) a level for the grouped
-/// form; for the hierarchical one that of level 1 and O(n d rank^2 / block) for all others.
+/// form; for the hierarchical one that of level 1 and O(n d rank^2 / block) for all others. Tokens and mask begin with
+/// the tree's first token; n are the new tokens, which are added to the rows of groups that hold others.
 template <class T>
 class ConvolutionPooling {
  public:
@@ -68,7 +73,8 @@ class ConvolutionPooling {
     } else {
       // The largest groups first, so that none is left to one thread at the end.
       for (Index l = tree_.levels(); l >= 1; --l) {
-        work_.for_each(tree_.level(l).groups, [&](Index g, Scratch&) { pool(l, g); });
+        const Range groups = tree_.new_groups(l);
+        work_.for_each(groups.count(), [&](Index g, Scratch&) { pool(l, groups.first + g); });
       }
     }
   }
@@ -113,43 +119,71 @@ class ConvolutionPooling {
   /// What level l pools, be it their values or their gradients.
   template <class U>
   Children<U> children(Index l, HeadRows<U> tokens, HeadRows<U> pooled) const {
-    if (pools_tokens(l)) return {tokens, window(l), tree_.tokens(), mask_};
-    pooled.data += tree_.level(l - 1).first_row * pooled.row_stride;
-    return {pooled, window(l), 2 * tree_.rank() * tree_.level(l).groups, nullptr};
+    if (pools_tokens(l)) return {tokens, -tree_.first_token(), window(l), tree_.new_tokens(), mask_};
+    return {pooled, tree_.level(l - 1).first_row, window(l), {0, 2 * tree_.rank() * tree_.level(l).groups}, nullptr};
   }
 
-  // Weights as the walk over children meets them: window x rank x dim, features innermost. The bias comes last.
+  // The places in its window that a level's children have, if they are fewer than the window: a cyclic range.
+  Range places(Index l) const {
+    if (!pools_tokens(l)) return {0, window(l)};
+    const Range tokens = tree_.new_tokens();
+    const Index first = tokens.first % window(l);
+    return {first, first + std::min(window(l), tokens.count())};
+  }
+
+  // Weights as the walk over children meets them: places x rank x dim, features innermost. The bias comes last.
   T* transpose_taps(Index l) {
     const PoolingConvolution<T>& level = levels_[static_cast<std::size_t>(l - 1)];
     const Index rank = tree_.rank();
-    T* taps = work_.take<T>((window(l) + 1) * rank * dim_);
-    for (Index r = 0; r < rank; ++r) {
-      for (Index c = 0; c < dim_; ++c) {
-        for (Index t = 0; t < window(l); ++t) taps[(t * rank + r) * dim_ + c] = level.weight(c * rank + r, t);
-        taps[(window(l) * rank + r) * dim_ + c] = level.bias(0, c * rank + r);
+    const Range range = places_[static_cast<std::size_t>(l)] = places(l);
+    T* taps = work_.take<T>((range.count() + 1) * rank * dim_);
+    const auto copy = [&](Index first, Index count, T* to) {
+      for (Index r = 0; r < rank; ++r) {
+        transpose(level.weight.data() + r * window(l) + first, rank * window(l), dim_, count, T(1), to + r * dim_,
+                  rank * dim_);
       }
-    }
+    };
+    const Index until_end = std::min(range.end, window(l)) - range.first;
+    copy(range.first, until_end, taps);
+    copy(0, range.count() - until_end, taps + until_end * rank * dim_);
+    transpose(level.bias.data(), rank, dim_, rank, T(1), taps + range.count() * rank * dim_, dim_);
     return taps;
   }
 
-  Features tap(Index l, Index t, Index r) const {
-    return {taps_[static_cast<std::size_t>(l)] + (t * tree_.rank() + r) * dim_, dim_};
+  /// Which of the transposed taps is that of a place in the window.
+  Index tap_of(Index l, Index place) const {
+    const Range range = places_[static_cast<std::size_t>(l)];
+    return (place < range.first ? place + window(l) : place) - range.first;
+  }
+  Features tap(Index l, Index number, Index r) const {
+    return {taps_[static_cast<std::size_t>(l)] + (number * tree_.rank() + r) * dim_, dim_};
+  }
+  Features bias(Index l, Index r) const { return tap(l, places_[static_cast<std::size_t>(l)].count(), r); }
+
+  // Whether no child before these has been pooled into the group.
+  bool are_first(Index l, Index group, const Children<const T>& children, Range range) const {
+    if (range.first == group * window(l)) return true;
+    Index present = 0;
+    for (Index child = range.first; child < range.end; ++child) present += !children.masked(child);
+    return static_cast<T>(present) + T(0.5) > static_cast<T>(tree_.rank()) * mass_[row(l, group)];
   }
 
   void convolve(Index l, Index group, const Children<const T>& children, HeadRows<T> pooled) const {
     const Index first = row(l, group);
-    for (Index h = 0; h < pooled.heads; ++h) {
-      for (Index r = 0; r < tree_.rank(); ++r) std::copy_n(tap(l, window(l), r).data(), dim_, pooled.row(h, first + r));
-    }
     const Range range = children.of(group);
+    const bool from_bias = are_first(l, group, children, range);
+    for (Index h = 0; h < pooled.heads && from_bias; ++h) {
+      for (Index r = 0; r < tree_.rank(); ++r) std::copy_n(bias(l, r).data(), dim_, pooled.row(h, first + r));
+    }
     for (Index child = range.first; child < range.end; ++child) {
       if (children.masked(child)) continue;
+      const Index t = tap_of(l, child - group * window(l));
       for (Index h = 0; h < pooled.heads; ++h) {
         for (Index r = 0; r < tree_.rank(); ++r) {
           T* const sum = pooled.row(h, first + r);
           combine(
               dim_, sum, [](const auto& a, const auto& b, const auto& c) { return pmadd(a, b, c); },
-              tap(l, child - range.first, r).data(), children.rows.row(h, child), sum);
+              tap(l, t, r).data(), children.rows.row(h, child), sum);
         }
       }
     }
@@ -161,10 +195,10 @@ class ConvolutionPooling {
     const Index first = row(l, group);
     for (Index child = range.first; child < range.end; ++child) {
       if (grad_children.masked(child)) continue;
+      const Index t = tap_of(l, child - group * window(l));
       for (Index h = 0; h < grad_pooled.heads; ++h) {
         for (Index r = 0; r < tree_.rank(); ++r) {
-          grad_children.rows.features(h, child) +=
-              tap(l, child - group * window(l), r) * grad_pooled.features(h, first + r);
+          grad_children.features(h, child) += tap(l, t, r) * grad_pooled.features(h, first + r);
         }
       }
     }
@@ -189,8 +223,8 @@ class ConvolutionPooling {
             const auto grad_row = grad_pooled.features(h, row(l, g) + r);
             for (Index t = 0; t < taps; ++t) {
               const Index child = g * window(l) + first_tap + t;
-              if (child >= children.count || children.masked(child)) continue;
-              sum(t, r) += grad_row * children.rows.features(h, child);
+              if (child >= children.all.end || children.masked(child)) continue;
+              sum(t, r) += grad_row * children.features(h, child);
             }
             if (task == 0) sum(taps, r) += grad_row;
           }
@@ -213,6 +247,7 @@ class ConvolutionPooling {
   const std::uint8_t* mask_;
   const T* mass_;
   std::array<T*, 64> taps_{};
+  std::array<Range, 64> places_{};
 };
 
 }  // namespace detail
