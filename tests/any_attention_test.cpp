@@ -325,7 +325,8 @@ TEST(AnyAttention, RefusesWhatAnotherMechanismSaved) {
 
 TEST(AnyAttention, StreamsAsTheMechanismDoes) {
   const auto sample = random_sample<double>(heads, 12, 6);
-  for (const std::string line : {"linear:causal", "additive:causal"}) {
+  for (const std::string line : {"softmax:causal", "banded:left=3,causal", "linear:causal", "fmm:left=3,causal",
+                                 "additive:causal", "multipole:block=2,rank=1,causal"}) {
     const AnyAttention<double> any(heads, line);
     const Matrix<double> whole = run_forward(any, sample);
     Matrix<double> out(12, heads.out_cols());

@@ -310,11 +310,16 @@ class AnyAttentionOf {
     });
   }
 
-  /// Throws std::invalid_argument if the mechanism that is held cannot be streamed.
-  State start() const requires streaming {
+  /// With room for so many tokens, where the mechanism makes room. Throws std::invalid_argument if the mechanism that
+  /// is held cannot be streamed.
+  State start(Index room = 0) const requires streaming {
     return visit([&]<class M>(const M& mechanism) -> State {
       detail::require(StreamingAttention<M>, detail::line_reader, name(), " cannot be streamed.");
-      if constexpr (StreamingAttention<M>) return {detail::StateOf<M>{mechanism.start()}};
+      if constexpr (requires { mechanism.start(room); }) {
+        return {detail::StateOf<M>{mechanism.start(room)}};
+      } else if constexpr (StreamingAttention<M>) {
+        return {detail::StateOf<M>{mechanism.start()}};
+      }
       return {};
     });
   }

@@ -1,0 +1,186 @@
+#include <nearfar/banded.hpp>
+#include <nearfar/fmm.hpp>
+#include <nearfar/multipole.hpp>
+#include <nearfar/softmax.hpp>
+
+#include "support/compare.hpp"
+#include "support/sample.hpp"
+
+#include <gtest/gtest.h>
+
+#include <stdexcept>
+#include <string>
+
+// What a stream holds of the tokens it has seen, however many they are, and what it refuses. That its rows are those
+// of forward is tested for all mechanisms at once, in properties_streams_test.cpp.
+
+namespace nearfar::test {
+namespace {
+
+static_assert(StreamingAttention<Softmax<float>> && StreamingAttention<Banded<double>>);
+static_assert(StreamingAttention<Fmm<float>> && StreamingAttention<Multipole<double>>);
+
+constexpr Heads heads{.query = 2, .key_value = 1, .dim = 4};
+
+template <class Call>
+std::string error_of(Call&& call) {
+  try {
+    call();
+  } catch (const std::invalid_argument& error) {
+    return error.what();
+  }
+  return "no error";
+}
+
+/// Extends a stream by the tokens of a sample, `count` at a time, and calls after_each() after each call.
+template <class A, class AfterEach>
+void extend_by(const A& attention, typename A::State& state, const Sample<float>& sample, Index count,
+               AfterEach&& after_each) {
+  Matrix<float> out(count, heads.out_cols());
+  for (Index i = 0; i + count <= sample.query.rows(); i += count) {
+    attention.extend(
+        state, {sample.query.middleRows(i, count), sample.key.middleRows(i, count), sample.value.middleRows(i, count)},
+        out);
+    after_each();
+  }
+}
+
+TEST(Streams, OfSoftmaxMakeRoomByDoubling) {
+  const Softmax<float> attention(heads, {.causal = true});
+  auto state = attention.start();
+  Index moves = 0;
+  const float* stands = state.key.data();
+  extend_by(attention, state, random_sample<float>(heads, 2000, 1), 1, [&] {
+    moves += state.key.data() != stands;
+    stands = state.key.data();
+  });
+  EXPECT_EQ(state.count, 2000);
+  EXPECT_LE(state.room(), 2 * 2000 + 1);
+  EXPECT_LE(moves, 11);
+}
+
+TEST(Streams, OfSoftmaxStayWhereRoomWasMade) {
+  const Softmax<float> attention(heads, {.causal = true});
+  auto state = attention.start(500);
+  const float* const stands = state.key.data();
+  extend_by(attention, state, random_sample<float>(heads, 500, 2), 5, [] {});
+  EXPECT_EQ(state.key.data(), stands);
+  EXPECT_EQ(state.room(), 500);
+}
+
+TEST(Streams, OfBandedHoldAWindowAndStayWhereTheyAre) {
+  const Banded<float> attention(heads, {.window = {20, 0}, .causal = true});
+  for (const Index count : {1, 7, 200}) {
+    auto state = attention.start();
+    const auto sample = random_sample<float>(heads, 1000, 3);
+    extend_by(attention, state, sample, count, [&] { EXPECT_LE(state.room(), 3 * 20); });
+    const float* const stands = state.key.data();
+    extend_by(attention, state, sample, count, [&] { EXPECT_EQ(state.key.data(), stands); });
+  }
+  auto state = attention.start(1000000);
+  EXPECT_LE(state.room(), 2 * 20 + 1);
+  const Banded<float> to_itself(heads, {.window = {0, 0}});
+  state = to_itself.start();
+  extend_by(to_itself, state, random_sample<float>(heads, 100, 4), 1, [&] { EXPECT_EQ(state.room(), 0); });
+}
+
+TEST(Streams, OfFmmHoldWhatItsPartsHold) {
+  const Fmm<float> attention(heads, {.window = {20, 0}, .causal = true});
+  auto state = attention.start();
+  const std::size_t sums = state.far.sums.size();
+  extend_by(attention, state, random_sample<float>(heads, 1000, 5), 10, [&] {
+    EXPECT_LE(state.near.room(), 3 * 20);
+    EXPECT_EQ(state.far.sums.size(), sums);
+  });
+}
+
+TEST(Streams, OfMultipoleHoldTwoBlocksAndFewGroupsALevel) {
+  const Index block = 8, rank = 2, n = 4096;
+  for (const Pooling pooling : {Pooling::average, Pooling::hierarchical_convolution}) {
+    const Multipole<float> attention(heads,
+                                     {.block = block, .rank = rank, .causal = true, .pooling = pooling, .levels = 10});
+    for (const Index count : {1, 64, 2048}) {
+      auto state = attention.start();
+      extend_by(attention, state, random_sample<float>(heads, n, 6), count, [&] {
+        EXPECT_LE(state.near.room(), 6 * block);
+        EXPECT_LE(state.key.rows(), 10 * 4 * rank);
+      });
+      EXPECT_EQ(state.tokens, n);
+    }
+  }
+}
+
+TEST(Streams, AreRefusedWhereAQueryMaySeeLaterKeys) {
+  EXPECT_EQ(error_of([] { Softmax<float>(heads).start(); }),
+            "nearfar::Softmax: a stream needs causal attention, but causal is false.");
+  EXPECT_EQ(error_of([] {
+              Banded<float>(heads, {.window = {4, 5}}).start();
+            }),
+            "nearfar::Banded: a stream needs causal attention or window.right 0, but causal is false and window.right "
+            "is 5.");
+  EXPECT_EQ(error_of([] { Banded<float>(heads, {.window = {4, 0}}).start(); }), "no error");
+  EXPECT_EQ(error_of([] {
+              Fmm<float>(heads, {.window = {4, 0}}).start();
+            }),
+            "nearfar::Fmm: a stream needs causal attention, but causal is false.");
+  EXPECT_EQ(error_of([] { Fmm<float>(heads, {.causal = true, .normalizer = Normalizer::sqrt_length}).start(); }),
+            "nearfar::Fmm: a stream needs normalizer row_sum, but normalizer is sqrt_length.");
+  EXPECT_EQ(error_of([] { Multipole<float>(heads).start(); }),
+            "nearfar::Multipole: a stream needs causal attention, but causal is false.");
+}
+
+TEST(Streams, RefuseBadArgumentsInPlainSentences) {
+  const Softmax<float> softmax(heads, {.causal = true});
+  const Fmm<float> fmm(heads, {.causal = true});
+  EXPECT_EQ(error_of([&] { softmax.start(-1); }), "nearfar::Softmax: room must be 0 or more, but is -1.");
+  EXPECT_EQ(error_of([&] { fmm.start(-1); }), "nearfar::Fmm: room must be 0 or more, but is -1.");
+  EXPECT_EQ(error_of([] { Multipole<float>(heads, {.causal = true}).start(-2); }),
+            "nearfar::Multipole: room must be 0 or more, but is -2.");
+
+  const auto sample = random_sample<float>(heads, 10, 7);
+  Matrix<float> out(10, heads.out_cols());
+  Softmax<float>::State nothing;
+  EXPECT_EQ(
+      error_of([&] { softmax.extend(nothing, sample.inputs(), out); }),
+      "nearfar::Softmax: this state holds keys and values of 0 and 0 columns, but its heads need 4 and 4: take it "
+      "from start().");
+  auto state = fmm.start();
+  state.far.sums.pop_back();
+  EXPECT_TRUE(error_of([&] {
+                fmm.extend(state, sample.inputs(), out);
+              }).starts_with("nearfar::Fmm: this state holds " + std::to_string(state.far.sums.size()) + " sums"));
+  const Multipole<float> multipole(heads, {.block = 4, .rank = 2, .causal = true});
+  auto of_other_block = Multipole<float>(heads, {.block = 2, .rank = 2, .causal = true}).start();
+  of_other_block.tokens = 10;
+  EXPECT_EQ(
+      error_of([&] { multipole.extend(of_other_block, sample.inputs(), out); }),
+      "nearfar::Multipole: this state holds 0 near tokens and 0 pooled rows, but its options need 6 and 8: take it "
+      "from start().");
+  auto good = softmax.start();
+  auto inputs = sample.inputs();
+  const std::vector<Index> offsets{0, 4, 10};
+  inputs.query_offsets = offsets;
+  EXPECT_EQ(error_of([&] { softmax.extend(good, inputs, out); }),
+            "nearfar::Softmax: a stream is one sequence, but query_offsets has 3 numbers.");
+}
+
+TEST(Streams, OfLearnedPoolingEndWhereItsLevelsEnd) {
+  const Multipole<float> attention(
+      heads, {.block = 4, .rank = 2, .causal = true, .pooling = Pooling::grouped_convolution, .levels = 1});
+  const auto sample = random_sample<float>(heads, 17, 8);
+  Matrix<float> out = Matrix<float>::Zero(17, heads.out_cols());
+  auto state = attention.start();
+  extend_by(attention, state, sample, 4, [] {});
+  EXPECT_EQ(state.tokens, 16);
+  EXPECT_EQ(error_of([&] {
+              attention.extend(state,
+                               {sample.query.bottomRows(1), sample.key.bottomRows(1), sample.value.bottomRows(1)},
+                               out.bottomRows(1));
+            }),
+            "nearfar::Multipole: a sequence of 17 tokens needs pooling parameters for 2 levels, but options.levels is "
+            "1.");
+  EXPECT_TRUE(out.isZero());
+}
+
+}  // namespace
+}  // namespace nearfar::test
