@@ -1,8 +1,7 @@
 #pragma once
 
 #include <nearfar/detail/exp.hpp>
-#include <nearfar/detail/stores.hpp>
-#include <nearfar/engine/microkernel.hpp>
+#include <nearfar/detail/transpose.hpp>
 
 #include <algorithm>
 #include <cmath>
@@ -20,6 +19,9 @@ inline constexpr T log2_e = T(1.4426950408889634074);
 
 template <class T>
 inline constexpr T ln_2 = T(0.69314718055994530942);
+
+/// Vectors of scores that become weights at once: enough of them hide what each waits for.
+inline constexpr int weights_at_once = vector_registers >= 32 ? 8 : 4;
 
 /// The log-sum-exp of scores in units of log 2 that have this maximum and this sum of 2^(score - max), -infinity of
 /// none. Always a double: at a logit of 1e4 a float is off by up to 5e-4, and so would be every weight that the
@@ -70,9 +72,9 @@ struct OnlineSoftmax {
     std::fill_n(value, value_dim * width, T(0));
   }
 
-  /// Takes the maximum of further scores of vector v (`count` keys, in whole groups, a row of `width` each) into the
-  /// triple's maximum, replaces each score by 2^(score - maximum), adds these to the sum, and returns the factor by
-  /// which the old value shrinks.
+  /// Takes the maximum of further scores of vector v (`count` keys, a multiple of weights_at_once, a row of `width`
+  /// each) into the triple's maximum, replaces each score by 2^(score - maximum), adds these to the sum, and returns
+  /// the factor by which the old value shrinks.
   NEARFAR_INLINE Packet<T> update(int v, T* scores, Index count, const Packet<T>& new_max) {
     const Packet<T> old = ploadu<Packet<T>>(max + v * lanes<T>);
     const Packet<T> larger = pmax(old, new_max);
@@ -82,7 +84,7 @@ struct OnlineSoftmax {
     const Packet<T> shift = pselect(pcmp_eq(larger, none), pset1<Packet<T>>(T(0)), larger);
     const Packet<T> correction = exp2<T>(psub(old, shift));
     Packet<T> total = pset1<Packet<T>>(T(0));
-    for (Index j = 0; j < count; j += group_rows) weigh(scores + v * lanes<T> + j * width, shift, total);
+    for (Index j = 0; j < count; j += weights_at_once) weigh(scores + v * lanes<T> + j * width, shift, total);
     // Each tile's sum starts at zero and joins by one multiply-add: short sums keep the rounding errors small.
     T* s = sum + v * lanes<T>;
     pstoreu(s, pmadd(ploadu<Packet<T>>(s), correction, total));
@@ -114,10 +116,11 @@ struct OnlineSoftmax {
  private:
   // Turns vectors of scores into weights 2^(score - shift), and adds these to the total.
   NEARFAR_INLINE static void weigh(T* scores, const Packet<T>& shift, Packet<T>& total) {
-    Packet<T> weight[group_rows];
-    NEARFAR_UNROLL for (int i = 0; i < group_rows; ++i) weight[i] = psub(ploadu<Packet<T>>(scores + i * width), shift);
+    Packet<T> weight[weights_at_once];
+    NEARFAR_UNROLL for (int i = 0; i < weights_at_once; ++i) weight[i] =
+        psub(ploadu<Packet<T>>(scores + i * width), shift);
     exp2<T>(weight);
-    NEARFAR_UNROLL for (int i = 0; i < group_rows; ++i) {
+    NEARFAR_UNROLL for (int i = 0; i < weights_at_once; ++i) {
       pstoreu(scores + i * width, weight[i]);
       total = padd(total, weight[i]);
     }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <nearfar/detail/lookahead.hpp>
+#include <nearfar/detail/transpose.hpp>
 #include <nearfar/engine/key_tile.hpp>
 #include <nearfar/engine/lane_mask.hpp>
 #include <nearfar/engine/microkernel.hpp>
@@ -167,8 +168,7 @@ class GradientTile {
   // Turns the scores of a vector into weights. Not where the scores are finished: exp2's constants would take the
   // registers that the product needs.
   void weigh(Index p, Index vector, Range range) {
-    constexpr int rows = vector_registers >= 32 ? 8 : 4;
-    static_assert(group_rows % rows == 0);
+    constexpr int rows = weights_at_once;
     const Packet<T> shift = ploadu<Packet<T>>(shift_ + p * width + vector * lanes<T>);
     const Packet<T> rest = ploadu<Packet<T>>(shift_rest_ + p * width + vector * lanes<T>);
     for (Index j = range.first; j < range.end; j += rows) {

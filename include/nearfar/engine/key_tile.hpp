@@ -23,6 +23,7 @@ template <class T>
 class KeyTile {
  public:
   static constexpr Index capacity = 128 / group_rows * group_rows;
+  static_assert(group_rows % weights_at_once == 0, "The weights of a group are taken together.");
 
   NEARFAR_NO_INLINE KeyTile(Scratch& scratch, Index dim, Index value_dim)
       : dim_(dim),

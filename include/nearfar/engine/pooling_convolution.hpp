@@ -1,6 +1,6 @@
 #pragma once
 
-#include <nearfar/detail/simd.hpp>
+#include <nearfar/detail/transpose.hpp>
 #include <nearfar/engine/pooling.hpp>
 
 #include <vector>

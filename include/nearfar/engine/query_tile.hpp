@@ -3,6 +3,7 @@
 #include <nearfar/detail/function_ref.hpp>
 #include <nearfar/detail/lookahead.hpp>
 #include <nearfar/detail/stores.hpp>
+#include <nearfar/detail/transpose.hpp>
 #include <nearfar/engine/key_tile.hpp>
 #include <nearfar/engine/lane_mask.hpp>
 #include <nearfar/engine/microkernel.hpp>

@@ -1,7 +1,7 @@
 #pragma once
 
 #include <nearfar/detail/scratch.hpp>
-#include <nearfar/detail/stores.hpp>
+#include <nearfar/detail/transpose.hpp>
 #include <nearfar/engine/microkernel.hpp>
 
 #include <algorithm>

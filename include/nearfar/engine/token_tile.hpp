@@ -2,6 +2,7 @@
 
 #include <nearfar/detail/scratch.hpp>
 #include <nearfar/detail/stores.hpp>
+#include <nearfar/detail/transpose.hpp>
 #include <nearfar/engine/chunked_state.hpp>
 #include <nearfar/feature_map.hpp>
 #include <nearfar/mask.hpp>

@@ -1,0 +1,46 @@
+#pragma once
+
+#include <nearfar/detail/stores.hpp>
+
+#include <algorithm>
+
+namespace nearfar {
+inline namespace NEARFAR_VERSION_NAMESPACE {
+namespace detail {
+
+/// to(c, r) = scale * from(r, c) for one square block of as many rows as a packet has lanes.
+template <class P, class T>
+NEARFAR_INLINE void transpose_block(const T* from, Index from_stride, const P& scale, T* to, Index to_stride,
+                                    KeepOrPastCaches store) {
+  constexpr int width = Eigen::internal::unpacket_traits<P>::size;
+  Eigen::internal::PacketBlock<P, width> block;
+  for (int i = 0; i < width; ++i) block.packet[i] = pmul(ploadu<P>(from + i * from_stride), scale);
+  if constexpr (width > 1) ptranspose(block);
+  const auto store_rows = [&](auto store_row) {
+    for (int i = 0; i < width; ++i) store_row(to + i * to_stride, block.packet[i]);
+  };
+  store.past ? store_rows(PastCaches{}) : store_rows(Keep{});
+}
+
+/// to(c, r) = factor * from(r, c) for a rows x cols matrix.
+template <class T>
+NEARFAR_NO_INLINE void transpose(const T* from, Index from_stride, Index rows, Index cols, T factor, T* to,
+                                 Index to_stride, KeepOrPastCaches store = {}) {
+  constexpr Index width = lanes<T>;
+  const Packet<T> scale = pset1<Packet<T>>(factor);
+  for (Index r = 0; r < rows; r += width) {
+    Index c = 0;
+    if (r + width <= rows) {
+      for (; c + width <= cols; c += width) {
+        transpose_block(from + r * from_stride + c, from_stride, scale, to + c * to_stride + r, to_stride, store);
+      }
+    }
+    for (Index i = r; i < std::min(r + width, rows); ++i) {
+      for (Index j = c; j < cols; ++j) to[j * to_stride + i] = factor * from[i * from_stride + j];
+    }
+  }
+}
+
+}  // namespace detail
+}  // namespace NEARFAR_VERSION_NAMESPACE
+}  // namespace nearfar
