@@ -21,7 +21,7 @@ template <class T>
 inline constexpr T ln_2 = T(0.69314718055994530942);
 
 /// Vectors of scores that become weights at once: enough of them hide what each waits for.
-inline constexpr int weights_at_once = vector_registers >= 32 ? 8 : 4;
+inline constexpr int weights_at_once = vector_registers >= 32 ? 8 : vector_registers >= 16 ? 4 : 1;
 
 /// The log-sum-exp of scores in units of log 2 that have this maximum and this sum of 2^(score - max), -infinity of
 /// none. Always a double: at a logit of 1e4 a float is off by up to 5e-4, and so would be every weight that the

@@ -16,7 +16,7 @@ template <class P, class T>
 NEARFAR_INLINE void store_past_caches(T* to, const P& vector) {
 #if defined(__clang__)
   __builtin_nontemporal_store(vector, reinterpret_cast<P*>(to));
-#elif defined(__GNUC__) && defined(__SSE2__)
+#elif defined(__GNUC__) && defined(EIGEN_VECTORIZE_SSE2)
   // g++ has a builtin for each instruction set, and none for all: every one of x86 has the store of 16 bytes.
   __m128i parts[sizeof(P) / 16];
   pstoreu(reinterpret_cast<T*>(parts), vector);
@@ -28,7 +28,7 @@ NEARFAR_INLINE void store_past_caches(T* to, const P& vector) {
 
 /// Puts stores past the caches, which x86 leaves in no order, before all stores that follow.
 NEARFAR_INLINE void order_stores() {
-#if defined(__SSE__)
+#if defined(EIGEN_VECTORIZE_SSE)
   _mm_sfence();
 #endif
 }
