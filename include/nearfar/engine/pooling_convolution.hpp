@@ -34,6 +34,7 @@ struct Children {
   const std::uint8_t* mask;  ///< of the rows; null: none is masked
 
   Range of(Index group) const { return {std::max(group * window, all.first), std::min((group + 1) * window, all.end)}; }
+  auto* row(Index head, Index child) const { return rows.row(head, first_row + child); }
   auto features(Index head, Index child) const { return rows.features(head, first_row + child); }
   bool masked(Index child) const { return mask != nullptr && mask[first_row + child] == 0; }
 };
@@ -160,7 +161,8 @@ class ConvolutionPooling {
   }
   Features bias(Index l, Index r) const { return tap(l, places_[static_cast<std::size_t>(l)].count(), r); }
 
-  // Whether no child before these has been pooled into the group.
+  // Whether no child before these has been pooled into the group: they are all that its mass, of children a row,
+  // counts.
   bool are_first(Index l, Index group, const Children<const T>& children, Range range) const {
     if (range.first == group * window(l)) return true;
     Index present = 0;
@@ -183,7 +185,7 @@ class ConvolutionPooling {
           T* const sum = pooled.row(h, first + r);
           combine(
               dim_, sum, [](const auto& a, const auto& b, const auto& c) { return pmadd(a, b, c); },
-              tap(l, t, r).data(), children.rows.row(h, child), sum);
+              tap(l, t, r).data(), children.row(h, child), sum);
         }
       }
     }
