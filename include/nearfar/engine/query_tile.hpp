@@ -36,7 +36,8 @@ class QueryTile {
         value_dim_(value_dim),
         query_(scratch.take<T>(round_up(capacity, width) * dim)),
         state_(scratch.take<T>(round_up(capacity, width) * state_rows())),
-        scores_(scratch.take<T>(KeyTile<T>::capacity * width)) {}
+        scores_(scratch.take<T>(KeyTile<T>::capacity * width)),
+        sums_(scratch.take<T>(value_rows() * width)) {}
 
   /// Takes `count` queries, the first of them number `first` of its sequence, times `factor`; sees no key yet.
   template <class Storage>
@@ -124,7 +125,8 @@ class QueryTile {
 
  private:
   // The maximum, the sum and the value, whose features come in whole groups.
-  Index state_rows() const { return 2 + round_up(value_dim_, group_rows); }
+  Index state_rows() const { return 2 + value_rows(); }
+  Index value_rows() const { return round_up(value_dim_, group_rows); }
 
   T* query(Index p) const { return query_ + p * width * dim_; }
 
@@ -132,7 +134,9 @@ class QueryTile {
   // see. `max`, of each vector, begins at -infinity.
   void meet(Index p, const KeyTile<T>& keys, const PanelKeys& seen, Packet<T>* max,
             FunctionRef<void(int, int, Range, Range)> hide) {
+    int stretches = 0;
     seen.for_each_stretch([&](auto vectors, int vector, Range range, Range all) {
+      ++stretches;
       for (const Range& part : {Range{range.first, all.first}, all, Range{all.end, range.end}}) {
         score<vectors>(p, vector, keys, part, part.first == all.first ? max : nullptr);
       }
@@ -144,9 +148,20 @@ class QueryTile {
       const Range any = seen.any(v);
       if (any.count() > 0) factor[v] = softmax.update(v, scores_ + any.first * width, any.count(), max[v]);
     }
+    // What a visit adds to a value is one sum in the order of the keys, into however many stretches these fall: else
+    // keys that a query does not see would change its last bit.
+    T* const sums = stretches > 1 ? sums_ : nullptr;
+    if (sums != nullptr) std::fill_n(sums, value_rows() * width, T(0));
     seen.for_each_stretch([&](auto vectors, int vector, Range range, Range) {
-      add_values<vectors>(softmax, vector, keys, range, factor);
+      add_values<vectors>(softmax, vector, keys, range, factor, sums);
     });
+    for (int v = 0; v < panel_vectors && sums != nullptr; ++v) {
+      if (seen.any(v).count() == 0) continue;
+      for (Index at = v * lanes<T>; at < value_dim_ * width; at += width) {
+        T* const o = softmax.value + at;
+        pstoreu(o, pmadd(ploadu<Packet<T>>(o), factor[v], ploadu<Packet<T>>(sums + at)));
+      }
+    }
   }
 
   // The scores of Vectors vectors of a panel, from `vector` on, against some keys, kept at scores_ a row a key; and
@@ -169,21 +184,22 @@ class QueryTile {
     for (int v = 0; v < Vectors; ++v) max[vector + v] = pmax(max[vector + v], largest[v]);
   }
 
-  // value = factor * value + what some keys add, for Vectors vectors of a panel from `vector` on, whose value has then
-  // taken its factor.
+  // value = factor * value + what some keys add, for Vectors vectors of a panel from `vector` on; or where there are
+  // `sums`, these take what the keys add.
   template <int Vectors>
-  void add_values(const Panel& softmax, Index vector, const KeyTile<T>& keys, Range range, Packet<T>* factor) {
-    Packet<T> shrink[Vectors];
-    std::copy_n(factor + vector, Vectors, shrink);
+  void add_values(const Panel& softmax, Index vector, const KeyTile<T>& keys, Range range, const Packet<T>* factor,
+                  T* sums) {
+    const auto at = [&](Index c, int v) { return c * width + (vector + v) * lanes<T>; };
     multiply_groups<group_rows, Vectors>(
         keys.value_transposed(range.first), keys.value_stride(), scores_ + range.first * width + vector * lanes<T>,
-        width, range.count(), [](Index, int) { return pset1<Packet<T>>(T(0)); },
+        width, range.count(),
+        [&](Index c, int v) { return sums == nullptr ? pset1<Packet<T>>(T(0)) : ploadu<Packet<T>>(sums + at(c, v)); },
         [&](Index c, int v, const Packet<T>& product) {
-          T* o = softmax.value + c * width + (vector + v) * lanes<T>;
-          pstoreu(o, pmadd(ploadu<Packet<T>>(o), shrink[v], product));
+          if (sums != nullptr) return pstoreu(sums + at(c, v), product);
+          T* const o = softmax.value + at(c, v);
+          pstoreu(o, pmadd(ploadu<Packet<T>>(o), factor[vector + v], product));
         },
         Pace<16>{lookahead_});
-    std::fill_n(factor + vector, Vectors, pset1<Packet<T>>(T(1)));
   }
 
   Index dim_;
@@ -193,6 +209,7 @@ class QueryTile {
   T* query_;
   T* state_;
   T* scores_;
+  T* sums_;
   Lookahead lookahead_;
 };
 
