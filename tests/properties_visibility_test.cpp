@@ -31,6 +31,27 @@ TEST_P(Visibility, CausalRowsKeepTheirBitsWhateverComesLater) {
   });
 }
 
+// Which keys share a tile with those that a row sees depends on which later ones are masked.
+TEST_P(Visibility, CausalRowsKeepTheirBitsWhicheverLaterKeysAreMasked) {
+  if (!causal()) GTEST_SKIP() << "not causal";
+  in_each_scalar([]<class T>(T) {
+    const auto subject = make<T>();
+    const Index n = 150;
+    for (std::uint64_t seed = 1; seed <= 20; ++seed) {
+      const auto sample = masked_sample<T>(n, seed);
+      const Matrix<T> out = run_forward(*subject, sample);
+      for (const Index first_changed : {17, 31, 65, 90}) {
+        auto changed = sample;
+        const auto mask = Random(seed + 2000).mask(n, 0.8);
+        std::copy(mask.begin() + first_changed, mask.end(), changed.key_mask.begin() + first_changed);
+        const Matrix<T> again = run_forward(*subject, changed);
+        EXPECT_TRUE(same_bits(again.topRows(first_changed).eval(), out.topRows(first_changed).eval()))
+            << first_changed << ", " << seed;
+      }
+    }
+  });
+}
+
 TEST_P(Visibility, CausalQueriesAreAlignedWithTheEndOfTheKeys) {
   if (!causal() || !any_shape()) GTEST_SKIP() << "not causal, or as many queries as keys";
   const auto subject = make<double>();
