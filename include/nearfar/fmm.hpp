@@ -164,8 +164,7 @@ class Fmm {
   /// A stream that has seen nothing. The attention must be causal and normalised by row_sum. `room` as in Banded.
   State start(Index room = 0) const {
     detail::check_linear_stream(name, linear_options(options_));
-    detail::require(room >= 0, name, "room must be 0 or more, but is ", room, ".");
-    return {detail::start_window<T>(heads_, detail::tokens_back(window()), room), far_.start()};
+    return {detail::start_window<T>(name, heads_, detail::tokens_back(window()), room), far_.start()};
   }
 
   /// Appends tokens, with as many queries as keys, to a stream and writes their rows of out. The blend weights may

@@ -167,8 +167,7 @@ class Multipole {
   /// A stream that has seen nothing, with room for `room` tokens as in Softmax. The attention must be causal.
   State start(Index room = 0) const {
     detail::require(options_.causal, name, "a stream needs causal attention, but causal is false.");
-    detail::require(room >= 0, name, "room must be 0 or more, but is ", room, ".");
-    State state{detail::start_window<T>(heads_, 2 * options_.block, room), {}, {}, {}, {}};
+    State state{detail::start_window<T>(name, heads_, 2 * options_.block, room), {}, {}, {}, {}};
     state.make_room(heads_, stream_tree(0, room / options_.block).levels(), options_.rank);
     return state;
   }

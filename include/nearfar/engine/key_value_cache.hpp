@@ -110,7 +110,8 @@ inline Index tokens_back(const Window& window) { return std::min(window.left, Wi
 /// The cache of a stream with room for `room` tokens, or for all that are held at a time where a query sees `back`
 /// tokens before its own.
 template <class T>
-KeyValueCache<T> start_window(const Heads& heads, Index back, Index room) {
+KeyValueCache<T> start_window(std::string_view mechanism, const Heads& heads, Index back, Index room) {
+  require(room >= 0, mechanism, "room must be 0 or more, but is ", room, ".");
   return KeyValueCache<T>::of(heads, std::min(room, 2 * back + 1));
 }
 

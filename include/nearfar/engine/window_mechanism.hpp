@@ -68,8 +68,7 @@ class WindowMechanism {
     } else {
       require(options_.causal, name_, "a stream needs causal attention, but causal is false.");
     }
-    require(room >= 0, name_, "room must be 0 or more, but is ", room, ".");
-    return start_window<T>(heads_, tokens_back(window_), room);
+    return start_window<T>(name_, heads_, tokens_back(window_), room);
   }
 
   /// Appends tokens, with as many queries as keys, to a stream and writes their rows of out. Costs what forward costs
