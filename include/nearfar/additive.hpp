@@ -160,8 +160,7 @@ class Additive {
 
   /// Appends tokens to a stream and writes their rows of out.
   void extend(State& state, const Inputs<T>& inputs, Tokens<T> out, Context& context = default_context()) const {
-    detail::require(inputs.query_offsets.empty(), name, "a stream is one sequence, but query_offsets has ",
-                    inputs.query_offsets.size(), " numbers.");
+    detail::check_stream_inputs<T>(name, heads_, inputs, out);
     run(inputs, out, nullptr, &state, context);
   }
 

@@ -117,6 +117,13 @@ NEARFAR_INLINE void combine(Index count, T* to, F&& f, const From*... from) {
   });
 }
 
+/// to[c] += from[c] likewise.
+template <class T>
+NEARFAR_INLINE void add_row(Index count, T* to, const T* from) {
+  combine(
+      count, to, [](const auto& a, const auto& b) { return padd(a, b); }, to, from);
+}
+
 #if defined(__GNUC__)
 /// One step of sum_lanes: in runs of `Run` lanes, what a and b have in their even runs plus what they have in their odd
 /// runs, a and b taking turns.

@@ -178,8 +178,7 @@ void write_rows(const AdditiveCall<T>& call, const AdditiveOut<T>& out, Index fi
       std::fill_n(row, width, T(0));
     }
     if (out.b_t == nullptr) continue;
-    combine(
-        width, row, [](const auto& a, const auto& b) { return padd(a, b); }, row, out.b_t);
+    add_row(width, row, out.b_t);
   }
   out.w_t.multiply_add({u.data(), width, 1}, rows);
 }

@@ -70,15 +70,14 @@ class Landmarks {
       const Segment& segment = segments_[l];
       T* const mean = landmarks.row(l);
       T* const part = scratch.take<T>(cols);
-      const auto sum = [](const auto& a, const auto& b) { return padd(a, b); };
       std::fill_n(mean, cols, T(0));
       // Sums of short sums keep the rounding errors small.
       for (Index first = segment.tokens.first; first < segment.tokens.end; first += short_sum) {
         std::fill_n(part, cols, T(0));
         for (Index i = first; i < std::min(first + short_sum, segment.tokens.end); ++i) {
-          if (seen(i)) combine(cols, part, sum, part, tokens.row(i));
+          if (seen(i)) add_row(cols, part, tokens.row(i));
         }
-        combine(cols, mean, sum, mean, part);
+        add_row(cols, mean, part);
       }
       const T share = T(1) / static_cast<T>(segment.visible);
       for (Index c = 0; c < cols; ++c) mean[c] *= share;
@@ -96,16 +95,15 @@ class Landmarks {
     const Index cols = grad_tokens.cols();
     work.for_each(count(), [&](Index l, Scratch& scratch) {
       const Segment& segment = segments_[l];
-      const auto sum = [](const auto& a, const auto& b) { return padd(a, b); };
       T* const share = scratch.take<T>(cols);
       std::fill_n(share, cols, T(0));
       for (Index h = 0; h < grad_landmarks.cols() / dim; ++h) {
         T* const of_group = share + h / group * dim;
-        combine(dim, of_group, sum, of_group, grad_landmarks.row(l) + h * dim);
+        add_row(dim, of_group, grad_landmarks.row(l) + h * dim);
       }
       for (Index c = 0; c < cols; ++c) share[c] /= static_cast<T>(segment.visible);
       for (Index i = segment.tokens.first; i < segment.tokens.end; ++i) {
-        if (seen(i)) combine(cols, grad_tokens.row(i), sum, grad_tokens.row(i), share);
+        if (seen(i)) add_row(cols, grad_tokens.row(i), share);
       }
     });
   }

@@ -181,9 +181,7 @@ void pool_average(Work& work, const Hierarchy& tree, HeadRows<const T> tokens, c
           const Index row = i - tree.first_token();
           if (mask != nullptr && mask[row] == 0) continue;
           for (Index h = 0; h < pooled.heads; ++h) {
-            T* const sum = pooled.row(h, parent);
-            combine(
-                pooled.dim, sum, [](const auto& a, const auto& b) { return padd(a, b); }, sum, tokens.row(h, row));
+            add_row(pooled.dim, pooled.row(h, parent), tokens.row(h, row));
           }
         }
         const T share = T(1) / count[parent];
