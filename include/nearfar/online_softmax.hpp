@@ -102,15 +102,13 @@ struct OnlineSoftmax {
       }
       sum[i] = sum[i] == T(0) ? T(0) : T(1) / sum[i];
     }
-    for (int v = 0; v < Vectors; ++v) {
-      const Packet<T> inverse = ploadu<Packet<T>>(sum + v * lanes<T>);
-      for (Index c = 0; c < value_dim; ++c) {
-        T* o = value + c * width + v * lanes<T>;
-        const Packet<T> share = factor == nullptr ? inverse : pmul(inverse, pset1<Packet<T>>(factor[c]));
+    for (Index c = 0; c < value_dim && factor != nullptr; ++c) {
+      const Packet<T> share = pset1<Packet<T>>(factor[c]);
+      for (T* o = value + c * width; o < value + (c + 1) * width; o += lanes<T>) {
         pstoreu(o, pmul(ploadu<Packet<T>>(o), share));
       }
     }
-    transpose(value, width, value_dim, count, T(1), out, out_stride, store);
+    transpose(value, width, value_dim, count, T(1), out, out_stride, store, sum);
   }
 
  private:

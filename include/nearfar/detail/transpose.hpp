@@ -22,21 +22,25 @@ NEARFAR_INLINE void transpose_block(const T* from, Index from_stride, const P& s
   store.past ? store_rows(PastCaches{}) : store_rows(Keep{});
 }
 
-/// to(c, r) = factor * from(r, c) for a rows x cols matrix.
+/// to(c, r) = factor * from(r, c) for a rows x cols matrix, and times factors[c] unless these are null.
 template <class T>
 NEARFAR_NO_INLINE void transpose(const T* from, Index from_stride, Index rows, Index cols, T factor, T* to,
-                                 Index to_stride, KeepOrPastCaches store = {}) {
+                                 Index to_stride, KeepOrPastCaches store = {}, const T* factors = nullptr) {
   constexpr Index width = lanes<T>;
   const Packet<T> scale = pset1<Packet<T>>(factor);
   for (Index r = 0; r < rows; r += width) {
     Index c = 0;
     if (r + width <= rows) {
       for (; c + width <= cols; c += width) {
-        transpose_block(from + r * from_stride + c, from_stride, scale, to + c * to_stride + r, to_stride, store);
+        const Packet<T> scales = factors == nullptr ? scale : pmul(scale, ploadu<Packet<T>>(factors + c));
+        transpose_block(from + r * from_stride + c, from_stride, scales, to + c * to_stride + r, to_stride, store);
       }
     }
     for (Index i = r; i < std::min(r + width, rows); ++i) {
-      for (Index j = c; j < cols; ++j) to[j * to_stride + i] = factor * from[i * from_stride + j];
+      for (Index j = c; j < cols; ++j) {
+        const T scale_of_col = factors == nullptr ? factor : factor * factors[j];
+        to[j * to_stride + i] = scale_of_col * from[i * from_stride + j];
+      }
     }
   }
 }
