@@ -21,7 +21,8 @@ struct NystromOptions {
   /// What query . key is multiplied by; 1 / sqrt(dim) unless given.
   std::optional<double> scale = {};
   /// Pivots of the kernel up to this share of the first count as zero; landmarks times the rounding unit of T unless
-  /// given.
+  /// given, which is the inverse as the equation has it. To train, give more, such as 0.1: where queries and keys are
+  /// alike still, A is close to singular, and its inverse drowns what the values say.
   std::optional<double> tolerance = {};
 };
 
