@@ -303,16 +303,17 @@ class Multipole {
       detail::KeyTile<T> keys(scratch, dim, dim);
       const auto visit = [&](const auto& band) { queries.visit(keys, band); };
 
-      detail::Lookahead after;
-      if (!detail::past_caches(out, dim)) after.add(result.data(), result.stride(), tile.count, dim);
+      detail::Lookahead later;
+      if (!detail::past_caches(out, dim)) later.add(result.data(), result.stride(), tile.count, dim);
       if (head + 1 < heads_.query) {
         // The next task is likely this tile's next head.
-        after.add(query.data() + dim, query.stride(), tile.count, dim);
-        walk.announce(place, (head + 1) / heads_.group(), after);
+        later.add(query.data() + dim, query.stride(), tile.count, dim);
+        walk.announce(place, (head + 1) / heads_.group(), later);
       }
       queries.load(query.data(), query.stride(), place.first, tile.count, scale() * detail::log2_e<T>);
       if (pooled != nullptr) pooled->hand_down(head, queries);
-      walk.near_field(place, key_head, keys, queries.lookahead(), after, visit);
+      queries.lookahead().and_then(&later);
+      walk.near_field(place, key_head, keys, queries.lookahead(), visit);
       if (pooled == nullptr) walk.far_field(place, key_head, keys, visit);
       detail::with_store(out, dim, [&](auto store) {
         queries.finish(result.data(), result.stride(),

@@ -61,14 +61,15 @@ class MultipoleGradient {
         for (Index first = own.first; first < own.end; first += tile_rows) {
           const Tile tile{0, first, std::min(tile_rows, own.end - first)};
           const Index next = std::min(tile_rows, own.end - first - tile.count);
-          Lookahead after;
-          after.add(gradients_.query.row(first) + head * dim, gradients_.query.stride(), tile.count, dim);
-          after.add(query.row(first) + tile.count * query.stride(), query.stride(), next, dim);
-          after.add(grad.row(first) + tile.count * grad.stride(), grad.stride(), next, dim);
-          if (next > 0) walk.announce({0, first + tile.count, next}, key_head, after);
+          Lookahead later;
+          later.add(gradients_.query.row(first) + head * dim, gradients_.query.stride(), tile.count, dim);
+          later.add(query.row(first) + tile.count * query.stride(), query.stride(), next, dim);
+          later.add(grad.row(first) + tile.count * grad.stride(), grad.stride(), next, dim);
+          if (next > 0) walk.announce({0, first + tile.count, next}, key_head, later);
           queries.load(query.middle_rows(first, tile.count), grad.middle_rows(first, tile.count), first,
                        log_sum_exp + head * stride + first, delta + head * stride + first, scale);
-          walk.near_field(tile, key_head, keys, queries.lookahead(), after, [&](const auto& band) {
+          queries.lookahead().and_then(&later);
+          walk.near_field(tile, key_head, keys, queries.lookahead(), [&](const auto& band) {
             const Index end = keys.position(keys.count() - 1) + 1;
             fresh.reach(end);
             fresh.announce(queries.lookahead(), end + KeyTile<T>::capacity);

@@ -39,10 +39,9 @@ class MultipoleWalk {
   MultipoleWalk(const Hierarchy& tree, const Inputs<T>& inputs, const FarField<T>& far, Index dim, bool causal)
       : tree_(tree), inputs_(inputs), far_(far), dim_(dim), causal_(causal) {}
 
-  /// `lookahead` is that of the tile of queries; during the last visit and later ones it fetches what `after` says.
+  /// `lookahead` is that of the tile of queries: each visit fetches what the next one reads.
   template <class Visit>
-  void near_field(const Tile& tile, Index key_head, KeyTile<T>& keys, Lookahead& lookahead, const Lookahead& after,
-                  Visit&& visit) const {
+  void near_field(const Tile& tile, Index key_head, KeyTile<T>& keys, Lookahead& lookahead, Visit&& visit) const {
     const NearField near(tree_, causal_);
     const Tokens<const T> key = inputs_.key.middle_cols(key_head * dim_, dim_);
     const Tokens<const T> value = inputs_.value.middle_cols(key_head * dim_, dim_);
@@ -54,7 +53,7 @@ class MultipoleWalk {
       }
       if (keys.full() || j + 1 == seen.end) {
         const Index next = std::min(seen.end - (j + 1), KeyTile<T>::capacity);
-        lookahead = next > 0 ? Lookahead{} : after;
+        lookahead.clear();
         lookahead.add(key.row(row) + key.stride(), key.stride(), next, dim_);
         lookahead.add(value.row(row) + value.stride(), value.stride(), next, dim_);
         if (keys.count() > 0) visit(near);
