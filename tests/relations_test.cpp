@@ -88,6 +88,7 @@ INSTANTIATE_TEST_SUITE_P(, NarrowBackward,
 TEST_P(NarrowBackward, IsAsThatOfAnyOtherWindow) {
   const auto [causal, dim] = GetParam();
   constexpr Index fewer = detail::lanes<float> - 1;
+  if (fewer == 0) GTEST_SKIP() << "Without vectors no head has fewer features than one.";
   const Heads heads_by_rows{.query = 4, .key_value = 2, .dim = dim}, others{.query = 4, .key_value = 2, .dim = fewer};
   for (const Window window : {Window{0, 0}, Window{1, 0}, Window{0, 3}, Window{4, 4}, Window{9, 6}, Window{29, 29}}) {
     const BandedOptions options{.window = window, .causal = causal, .scale = 0.3};
