@@ -4,6 +4,7 @@
 #include <nearfar/detail/scratch.hpp>
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <exception>
@@ -17,9 +18,10 @@ namespace detail {
 
 /// A crew of threads that share out numbered tasks: the caller and `size - 1` waiting threads.
 ///
-/// Idle threads sleep on a condition variable, because spinning ones collapse on a busy machine; and the caller waits
-/// only for threads that have begun a task, so one that the system never wakes costs nothing. Which thread runs which
-/// task is left to chance: tasks must not depend on it.
+/// Idle threads sleep on a condition variable, because threads that go on looking out collapse on a busy machine; but
+/// for a moment they do look out: one call hands out several jobs, and to wake a thread costs as much as a small one.
+/// The caller waits only for threads that have begun a task, so one that the system never wakes costs nothing. Which
+/// thread runs which task is left to chance: tasks must not depend on it.
 class Crew {
  public:
   explicit Crew(int size) : threads_(static_cast<std::size_t>(size - 1)) {
@@ -56,6 +58,7 @@ class Crew {
     }
     wake_.notify_all();
     work(job, 0);
+    look_out([this] { return busy_ == 0; });
     std::unique_lock lock(mutex_);
     job_ = nullptr;
     idle_.wait(lock, [this] { return busy_ == 0; });
@@ -71,6 +74,15 @@ class Crew {
     std::atomic_flag failed{};
   };
 
+  // For no longer than waking a thread takes.
+  template <class Condition>
+  static void look_out(Condition&& happened) {
+    using Clock = std::chrono::steady_clock;
+    const Clock::time_point end = Clock::now() + std::chrono::microseconds(40);
+    while (!happened() && Clock::now() < end) {
+    }
+  }
+
   static void work(Job& job, int worker) {
     try {
       for (Index index; (index = job.next.fetch_add(1, std::memory_order_relaxed)) < job.count;) {
@@ -84,8 +96,9 @@ class Crew {
 
   void serve(int worker) {
     std::uint64_t seen = 0;
-    std::unique_lock lock(mutex_);
     while (true) {
+      look_out([&] { return generation_ != seen; });
+      std::unique_lock lock(mutex_);
       wake_.wait(lock, [&] { return dismissed_ || (job_ != nullptr && generation_ != seen); });
       if (dismissed_) return;
       seen = generation_;
@@ -113,8 +126,8 @@ class Crew {
   std::condition_variable wake_;
   std::condition_variable idle_;
   Job* job_ = nullptr;
-  std::uint64_t generation_ = 0;
-  int busy_ = 0;
+  std::atomic<std::uint64_t> generation_ = 0;
+  std::atomic<int> busy_ = 0;
   bool dismissed_ = false;
   std::vector<std::thread> threads_;
 };
