@@ -126,6 +126,7 @@ class Crew {
   std::condition_variable wake_;
   std::condition_variable idle_;
   Job* job_ = nullptr;
+  // These two are written under the lock, but looked at without it.
   std::atomic<std::uint64_t> generation_ = 0;
   std::atomic<int> busy_ = 0;
   bool dismissed_ = false;

@@ -78,6 +78,8 @@ struct RunningSums {
 
   /// Adds sum_j key_j^T value_j (key.dim, in whole groups, x value.stride) over `count` tokens.
   void add_products(const PaddedRows<T>& key, const PaddedRows<T>& value, Index count, Lookahead& ahead) const {
+    // Bidirectional sums are complete before the chunks of the queries, which add nothing.
+    if (count == 0) return;
     for_each_panel<T>(value.stride, [&](auto vectors, Index c) {
       multiply_groups<state_rows, decltype(vectors)::value>(
           key.features(), key.dim, value.data + c, value.stride, count,

@@ -212,7 +212,6 @@ void KernelSum<T>::forward_segment(const Forward& call, const ScanStep<T>& step,
                   call.weights.rows() == 0 ? nullptr : call.weights.row(r * heads.query + h),
                   r == 0 ? writes : Writes::added);
       }
-      if (chunk.keys == 0) continue;
       state.add_products(key, value, chunk.keys, ahead);
       key_sum.add_rows(key, nullptr, chunk.keys);
     }
