@@ -11,7 +11,7 @@ inline namespace NEARFAR_VERSION_NAMESPACE {
 namespace detail {
 
 /// Rows that the next piece of work will read, fetched into the cache line by line while this one computes. A burst of
-/// fetches would stall, so each step, of which a product takes many, fetches two lines.
+/// fetches would stall, so each step, of which a product takes many, fetches four lines: a row of 64 floats.
 class Lookahead {
  public:
   void clear() { regions_ = current_ = 0, at_ = end_ = nullptr, rows_ = 0; }
@@ -33,14 +33,10 @@ class Lookahead {
   bool done() const { return rows_ == 0; }
 
   /// How many steps to take at a time, so that so many times fetch everything.
-  Index steps_at_a_time(Index times) const {
-    Index lines = 0;
-    for (int r = 0; r < regions_; ++r) {
-      const Region& region = region_[static_cast<std::size_t>(r)];
-      lines += region.rows * round_up(region.bytes, 2 * line) / line;
-    }
-    return lines / (2 * std::max<Index>(times, 1)) + 1;
-  }
+  Index steps_at_a_time(Index times) const { return steps() / std::max<Index>(times, 1) + 1; }
+
+  /// One of how many inner steps of products should fetch, so that all of them together fetch everything evenly.
+  Index pace(Index inner_steps) const { return std::clamp<Index>(inner_steps / std::max<Index>(steps(), 1), 4, 64); }
 
   NEARFAR_INLINE void step() {
     if (rows_ > 0) return fetch();
@@ -49,9 +45,8 @@ class Lookahead {
 
  private:
   NEARFAR_INLINE void fetch() {
-    prefetch_far(at_);
-    prefetch_far(at_ + line);
-    at_ += 2 * line;
+    NEARFAR_UNROLL for (Index l = 0; l < lines_a_step; ++l) prefetch_far(at_ + l * line);
+    at_ += lines_a_step * line;
     if (at_ >= end_) {
       at_ = row_ += stride_;
       end_ += stride_;
@@ -60,12 +55,23 @@ class Lookahead {
   }
 
   static constexpr Index line = 64;
+  static constexpr Index lines_a_step = 4;
   struct Region {
     const char* data;
     Index stride;
     Index rows;
     Index bytes;
   };
+
+  // That fetch everything.
+  Index steps() const {
+    Index count = 0;
+    for (int r = 0; r < regions_; ++r) {
+      const Region& region = region_[static_cast<std::size_t>(r)];
+      count += region.rows * ((region.bytes - 1) / (lines_a_step * line) + 1);
+    }
+    return count;
+  }
 
   void open(int region) {
     current_ = region;
@@ -87,11 +93,10 @@ class Lookahead {
   Index rows_ = 0;
 };
 
-/// Takes a step of a lookahead every `Every` inner steps of a product.
-template <Index Every>
+/// Takes a step of a lookahead every so many inner steps of a product.
 struct Pace {
-  static constexpr Index every = Every;
   Lookahead& ahead;
+  Index every = 16;
 
   NEARFAR_INLINE void operator()() const { ahead.step(); }
 };

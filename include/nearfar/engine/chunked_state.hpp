@@ -33,10 +33,6 @@ inline constexpr Index chunk_tokens = [] {
   return (64 + step / 2) / step * step;
 }();
 
-/// At this pace the products of a chunk fetch its keys and values, or what else it reads, while the one before it is at
-/// work. A faster one takes all line buffers at once, and the products wait.
-using Fetch = Pace<4>;
-
 /// Rows of one head, side by side, padded with zeros to whole vectors.
 template <class T>
 struct PaddedRows {
@@ -77,14 +73,18 @@ struct RunningSums {
   }
 
   /// Adds sum_j key_j^T value_j (key.dim, in whole groups, x value.stride) over `count` tokens.
-  void add_products(const PaddedRows<T>& key, const PaddedRows<T>& value, Index count, Lookahead& ahead) const {
+  void add_products(const PaddedRows<T>& key, const PaddedRows<T>& value, Index count, Pace fetch) const {
     // Bidirectional sums are complete before the chunks of the queries, which add nothing.
     if (count == 0) return;
     for_each_panel<T>(value.stride, [&](auto vectors, Index c) {
+      // Copies, which no store can reach.
       multiply_groups<state_rows, decltype(vectors)::value>(
           key.features(), key.dim, value.data + c, value.stride, count,
           [](Index, int) { return pset1<Packet<T>>(T(0)); },
-          [&](Index a, int v, const Packet<T>& sum) { add(a * value.stride + c + v * lanes<T>, sum); }, Fetch{ahead});
+          [sums = from(c), stride = value.stride](Index a, int v, const Packet<T>& sum) {
+            sums.add(a * stride + v * lanes<T>, sum);
+          },
+          fetch);
     });
   }
 
@@ -126,8 +126,7 @@ void dot_rows(const PaddedRows<T>& a, const PaddedRows<T>& b, Index count, T* pr
 /// scores[j][i] = query_i . key_j where j <= i, else 0, for the first `keys` keys. What stands in later keys reaches no
 /// earlier query, not even NaN. Adds each query's scores up to row_sum[i] unless that is null.
 template <class T>
-void chunk_scores(const LaneRows<T>& query, const PaddedRows<T>& key, Index keys, T* scores, T* row_sum,
-                  Lookahead& ahead) {
+void chunk_scores(const LaneRows<T>& query, const PaddedRows<T>& key, Index keys, T* scores, T* row_sum, Pace fetch) {
   for_each_panel<T>(round_up(query.count, lanes<T>), [&](auto vectors, Index panel) {
     constexpr int width = decltype(vectors)::value;
     Packet<T> sum[width];
@@ -149,7 +148,7 @@ void chunk_scores(const LaneRows<T>& query, const PaddedRows<T>& key, Index keys
             sum[first + v] = padd(sum[first + v], shown);
             pstoreu(scores + j * chunk_tokens + i, shown);
           },
-          Fetch{ahead});
+          fetch);
     };
     const auto end = [&](int vectors_seen) {
       return round_up(std::min(keys, panel + vectors_seen * lanes<T>), state_rows);
@@ -168,24 +167,28 @@ void chunk_scores(const LaneRows<T>& query, const PaddedRows<T>& key, Index keys
 /// `add` that to out_i. The first `keys` queries have a key and value beside them in the chunk.
 template <class T>
 void chunk_attend(Broadcast<T> query, Index dim, Index count, const T* state, const T* scores,
-                  const PaddedRows<T>& value, Index keys, const PaddedRows<T>& out, bool add, Lookahead& ahead) {
+                  const PaddedRows<T>& value, Index keys, const PaddedRows<T>& out, bool add, Pace fetch) {
   for_each_panel<T>(out.stride, [&](auto vectors, Index column) {
     constexpr int rows = state_rows, width = decltype(vectors)::value;
+    const Index stride = out.stride;
     for (Index first = 0; first < count; first += rows) {
+      T* const to = out.row(first) + column;
       Packet<T> c[rows][width];
       NEARFAR_UNROLL for (int r = 0; r < rows; ++r) {
         NEARFAR_UNROLL for (int v = 0; v < width; ++v) {
-          c[r][v] = add ? ploadu<Packet<T>>(out.row(first + r) + column + v * lanes<T>) : pset1<Packet<T>>(T(0));
+          c[r][v] = add ? ploadu<Packet<T>>(to + r * stride + v * lanes<T>) : pset1<Packet<T>>(T(0));
         }
       }
-      multiply_add(c, query.rows_from(first), state + column, out.stride, dim, Fetch{ahead});
+      multiply_add(c, query.rows_from(first), state + column, out.stride, dim, fetch);
       // Keys before the tile are seen by all of its queries, those beside it by the queries from their own on.
       multiply_add(c, Broadcast<T>{scores + first, 1, chunk_tokens}, value.data + column, value.stride,
                    std::min(first, keys));
+      // Every loop to its full length, or clang 14 keeps the tile in memory.
       NEARFAR_UNROLL for (int j = 0; j < rows; ++j) {
         if (first + j >= keys) break;
         const T* score = scores + (first + j) * chunk_tokens + first;
-        NEARFAR_UNROLL for (int r = j; r < rows; ++r) {
+        NEARFAR_UNROLL for (int r = 0; r < rows; ++r) {
+          if (r < j) continue;
           NEARFAR_UNROLL for (int v = 0; v < width; ++v) {
             const Packet<T> entries = ploadu<Packet<T>>(value.row(first + j) + column + v * lanes<T>);
             c[r][v] = pmadd(pset1<Packet<T>>(score[r]), entries, c[r][v]);
@@ -193,7 +196,7 @@ void chunk_attend(Broadcast<T> query, Index dim, Index count, const T* state, co
         }
       }
       NEARFAR_UNROLL for (int r = 0; r < rows; ++r) {
-        NEARFAR_UNROLL for (int v = 0; v < width; ++v) pstoreu(out.row(first + r) + column + v * lanes<T>, c[r][v]);
+        NEARFAR_UNROLL for (int v = 0; v < width; ++v) pstoreu(to + r * stride + v * lanes<T>, c[r][v]);
       }
     }
   });

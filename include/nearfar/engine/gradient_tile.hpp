@@ -162,7 +162,7 @@ class GradientTile {
         keys.key(range.first), range.count(), query_lanes_ + p * width * dim_ + vector * lanes<T>, width, dim_,
         [&](Index j, int) { return pset1<Packet<T>>(keys.bias(range.first + j)); },
         [&](Index j, int v, const Packet<T>& product) { pstoreu(scores + j * width + v * lanes<T>, product); },
-        Pace<16>{lookahead_});
+        Pace{lookahead_, 32});
   }
 
   // Turns the scores of a vector into weights. Not where the scores are finished: exp2's constants would take the
@@ -195,7 +195,7 @@ class GradientTile {
           const Packet<T> grad = psub(grad_weight, ploadu<Packet<T>>(delta + v * lanes<T>));
           pstoreu(grad_score_ + place, pmul(ploadu<Packet<T>>(weight_ + place), grad));
         },
-        Pace<16>{lookahead_});
+        Pace{lookahead_, 32});
   }
 
   template <int Vectors>
@@ -205,7 +205,7 @@ class GradientTile {
         keys.key_transposed(range.first), keys.key_stride(), grad_score_ + range.first * width + vector * lanes<T>,
         width, range.count(), [&](Index c, int v) { return ploadu<Packet<T>>(grad_query + c * width + v * lanes<T>); },
         [&](Index c, int v, const Packet<T>& sum) { pstoreu(grad_query + c * width + v * lanes<T>, sum); },
-        Pace<16>{lookahead_});
+        Pace{lookahead_, 32});
   }
 
   template <class Storage>
@@ -221,7 +221,7 @@ class GradientTile {
           Broadcast<T>{factor, width, 1}, group_rows, rows + column, stride, Vectors * lanes<T>,
           [&](Index j, int v) { return ploadu<Packet<T>>(sums + j * stride + column + v * lanes<T>); },
           [&](Index j, int v, const Packet<T>& sum) { pstoreu(sums + j * stride + column + v * lanes<T>, sum); },
-          Pace<8>{rows_ahead_});
+          Pace{rows_ahead_, 16});
     });
   }
 

@@ -134,6 +134,13 @@ class KernelSum {
   void key_gradient_segment(const Backward& call, Tokens<T> grad_row_sum, const ScanStep<T>& step,
                             Scratch& scratch) const;
 
+  // What the products of a chunk take for its state, and `attending` times for its queries.
+  Index inner_steps(const Chunk& chunk, Index attending) const {
+    const Index product = chunk_tokens * dim() * value_dim() / (2 * lanes<T> * state_rows);
+    // The keys beside the queries are worth half a product more.
+    return maps() * (chunk.keys > 0 ? product + attending * product * 3 / 2 : attending * product);
+  }
+
   T inverse_of(T row_sum, Index key_count) const {
     return eps ? T(1) / (row_sum + static_cast<T>(*eps)) : T(1) / std::sqrt(static_cast<T>(key_count));
   }
@@ -182,14 +189,18 @@ void KernelSum<T>::forward_segment(const Forward& call, const ScanStep<T>& step,
   T* normalizer = scratch.take<T>(chunk_tokens);
   const Writes writes = first_writes(call.out, value_dim(), call.add);
   Lookahead ahead;
+  Pace fetch{ahead};
   const auto announce = [&](const Chunk& next, Index g) {
     ahead.clear();
     values_of_head(g).from(next.key).announce(ahead, next.keys, value_dim());
     keys_of_head(g).from(next.key).announce(ahead, next.keys, dim());
-    if (step.sums_only) return;
-    queries_of_head(g * heads.group()).from(next.query).announce(ahead, next.queries, heads.group() * dim());
-    if (writes == Writes::past_caches) return;
-    out_of_head(g * heads.group()).from(next.query).announce(ahead, next.queries, heads.group() * value_dim());
+    if (!step.sums_only) {
+      queries_of_head(g * heads.group()).from(next.query).announce(ahead, next.queries, heads.group() * dim());
+      if (writes != Writes::past_caches) {
+        out_of_head(g * heads.group()).from(next.query).announce(ahead, next.queries, heads.group() * value_dim());
+      }
+    }
+    fetch.every = ahead.pace(inner_steps(next, step.sums_only ? 0 : heads.group()));
   };
   step.for_each_chunk(announce, [&](const Chunk& chunk, Index g) {
     value.load(values_of_head(g).from(chunk.key), chunk.keys, visible.from(chunk.key));
@@ -201,7 +212,7 @@ void KernelSum<T>::forward_segment(const Forward& call, const ScanStep<T>& step,
         query.load(queries_of_head(h).from(chunk.query), chunk.queries, {}, map(r), normalize_features);
         dot_rows(query, {key_sum.running, dim(), 0}, chunk.queries, normalizer);
         attend_chunk<T>(query, chunk.queries, state.running, key, value, chunk.keys, scores, normalizer, out, false,
-                        ahead);
+                        fetch);
         for (Index i = 0; i < chunk.queries; ++i) {
           normalizer[i] = inverse_of(normalizer[i], s.key_count);
           if (call.inverse_normalizer != nullptr) {
@@ -212,7 +223,7 @@ void KernelSum<T>::forward_segment(const Forward& call, const ScanStep<T>& step,
                   call.weights.rows() == 0 ? nullptr : call.weights.row(r * heads.query + h),
                   r == 0 ? writes : Writes::added);
       }
-      state.add_products(key, value, chunk.keys, ahead);
+      state.add_products(key, value, chunk.keys, fetch);
       key_sum.add_rows(key, nullptr, chunk.keys);
     }
   });

@@ -68,15 +68,19 @@ void KernelSum<T>::query_gradient_segment(const Backward& call, Tokens<T> grad_r
   T* row_sum = scratch.take<T>(chunk_tokens);
   const Writes writes = first_writes(call.grad.query, dim(), call.add);
   Lookahead ahead;
+  Pace fetch{ahead};
   const auto announce = [&](const Chunk& next, Index g) {
     ahead.clear();
     values_of_head(g).from(next.key).announce(ahead, next.keys, value_dim());
     keys_of_head(g).from(next.key).announce(ahead, next.keys, dim());
-    if (step.sums_only) return;
-    queries_of_head(g * heads.group()).from(next.query).announce(ahead, next.queries, heads.group() * dim());
-    grad_out_of_head(g * heads.group()).from(next.query).announce(ahead, next.queries, heads.group() * value_dim());
-    if (writes == Writes::past_caches) return;
-    grad_query_of_head(g * heads.group()).from(next.query).announce(ahead, next.queries, heads.group() * dim());
+    if (!step.sums_only) {
+      queries_of_head(g * heads.group()).from(next.query).announce(ahead, next.queries, heads.group() * dim());
+      grad_out_of_head(g * heads.group()).from(next.query).announce(ahead, next.queries, heads.group() * value_dim());
+      if (writes != Writes::past_caches) {
+        grad_query_of_head(g * heads.group()).from(next.query).announce(ahead, next.queries, heads.group() * dim());
+      }
+    }
+    fetch.every = ahead.pace(inner_steps(next, step.sums_only ? 0 : heads.group()));
   };
   step.for_each_chunk(announce, [&](const Chunk& chunk, Index g) {
     const Index first = s.query_begin + chunk.query;
@@ -94,7 +98,7 @@ void KernelSum<T>::query_gradient_segment(const Backward& call, Tokens<T> grad_r
           if (call.weights.rows() > 0) grad_out.entries(i) *= weight(call.weights, r, h);
         }
         attend_chunk<T>(grad_out, chunk.queries, state.running, value, key, chunk.keys, scores, nullptr, grad_query,
-                        false, ahead);
+                        false, fetch);
         if (eps) {
           dot_rows(query, grad_query, chunk.queries, row_sum);
           for (Index i = 0; i < chunk.queries; ++i) {
@@ -108,7 +112,7 @@ void KernelSum<T>::query_gradient_segment(const Backward& call, Tokens<T> grad_r
         grad_query.store(grad_query_of_head(h).from(chunk.query), chunk.queries, nullptr, nullptr,
                          r == 0 ? writes : Writes::added);
       }
-      state.add_products(value, key, chunk.keys, ahead);
+      state.add_products(value, key, chunk.keys, fetch);
       key_sum.add_rows(key, nullptr, chunk.keys);
     }
   });
@@ -140,17 +144,21 @@ void KernelSum<T>::key_gradient_segment(const Backward& call, Tokens<T> grad_row
                               : past_caches(call.grad.value, value_dim()) ? Writes::past_caches
                                                                           : Writes::anew;
   Lookahead ahead;
+  Pace fetch{ahead};
   // In this scan keys take the part of queries and queries that of keys.
   const auto announce = [&](const Chunk& next, Index g) {
     ahead.clear();
     queries_of_head(g * heads.group()).from(next.key).announce(ahead, next.keys, heads.group() * dim());
     grad_out_of_head(g * heads.group()).from(next.key).announce(ahead, next.keys, heads.group() * value_dim());
-    if (step.sums_only) return;
-    values_of_head(g).from(next.query).announce(ahead, next.queries, value_dim());
-    keys_of_head(g).from(next.query).announce(ahead, next.queries, dim());
-    if (key_writes != Writes::past_caches) grad_key_of_head(g).from(next.query).announce(ahead, next.queries, dim());
-    if (value_writes == Writes::past_caches) return;
-    grad_value_of_head(g).from(next.query).announce(ahead, next.queries, value_dim());
+    if (!step.sums_only) {
+      values_of_head(g).from(next.query).announce(ahead, next.queries, value_dim());
+      keys_of_head(g).from(next.query).announce(ahead, next.queries, dim());
+      if (key_writes != Writes::past_caches) grad_key_of_head(g).from(next.query).announce(ahead, next.queries, dim());
+      if (value_writes != Writes::past_caches) {
+        grad_value_of_head(g).from(next.query).announce(ahead, next.queries, value_dim());
+      }
+    }
+    fetch.every = ahead.pace(heads.group() * inner_steps(next, step.sums_only ? 0 : 2));
   };
   step.for_each_chunk(announce, [&](const Chunk& chunk, Index g) {
     const Index keys = chunk.queries;
@@ -180,12 +188,12 @@ void KernelSum<T>::key_gradient_segment(const Backward& call, Tokens<T> grad_row
           TokenTile<T>& values = weighted ? of_head : value;
           transpose(state.running, value.stride, dim(), value_dim(), T(1), state_transposed, query.stride);
           attend_chunk<T>(values, keys, state_transposed, grad_out, query, queries, scores, nullptr, grad_key,
-                          !first_head, ahead);
+                          !first_head, fetch);
           std::copy_n(query_sum.running, query.stride, query_prefix);
           chunk_add_prefix_sums<T>(query_prefix, query, row_sum, queries, nullptr, grad_key, keys);
 
           const auto find_grad_value = [&](const TokenTile<T>& to, bool add) {
-            attend_chunk<T>(key, keys, state.running, query, grad_out, queries, scores, nullptr, to, add, ahead);
+            attend_chunk<T>(key, keys, state.running, query, grad_out, queries, scores, nullptr, to, add, fetch);
           };
           if (!weighted) {
             find_grad_value(grad_value, !first);
@@ -199,7 +207,7 @@ void KernelSum<T>::key_gradient_segment(const Backward& call, Tokens<T> grad_row
             weight_sum.add_rows(of_head, nullptr, keys);
           }
         }
-        state.add_products(query, grad_out, queries, ahead);
+        state.add_products(query, grad_out, queries, fetch);
         query_sum.add_rows(query, row_sum, queries);
       }
       if (step.sums_only) continue;

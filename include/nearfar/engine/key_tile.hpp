@@ -6,6 +6,8 @@
 #include <nearfar/online_softmax.hpp>
 
 #include <algorithm>
+#include <cstdint>
+#include <type_traits>
 
 namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
@@ -58,6 +60,26 @@ class KeyTile {
     bias_[count_] = bias;
     position_[count_] = position;
     ++count_;
+  }
+
+  /// Copies the keys of `rows` that the mask, unless it is null, does not hide, until the tile holds `most`. Returns
+  /// the row after the last. Row j stands at position j + offset of its sequence.
+  template <class Storage>
+  NEARFAR_NO_INLINE Index take(Tokens<const Storage> key, Tokens<const Storage> value, const std::uint8_t* mask,
+                               Range rows, Index offset = 0, Index most = capacity) {
+    const Index before = count_;
+    Index row = rows.first;
+    for (; row < rows.end && count_ < most; ++row) {
+      if (mask == nullptr || mask[row] != 0) position_[count_++] = row + offset;
+    }
+    const auto copy_rows = [places = position_, offset, first = before, end = count_](Tokens<const Storage> from,
+                                                                                      Index cols, T* to, Index stride) {
+      for (Index j = first; j < end; ++j) copy(from.row(places[j] - offset), cols, to + j * stride);
+    };
+    copy_rows(key, dim_, key_, key_stride());
+    copy_rows(value, value_dim_, value_, value_stride());
+    std::fill(bias_ + before, bias_ + count_, T(0));
+    return row;
   }
 
   /// Fills up the last group with keys whose scores are -infinity.

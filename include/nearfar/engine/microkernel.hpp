@@ -64,7 +64,7 @@ NEARFAR_INLINE void multiply_add(Packet<T> (&c)[Rows][Vectors], Broadcast<T> a, 
   const T* column = a.data;
   for (Index k = 0; k < depth;) {
     besides();
-    NEARFAR_NO_UNROLL for (const Index end = std::min(k + Besides::every, depth); k < end; ++k) {
+    NEARFAR_NO_UNROLL for (const Index end = std::min(k + besides.every, depth); k < end; ++k) {
       Packet<T> vectors[Vectors];
       NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) vectors[v] = load_once<Packet<T>>(b + v * lanes<T>);
       NEARFAR_UNROLL for (int r = 0; r < Rows; ++r) {

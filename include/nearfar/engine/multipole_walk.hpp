@@ -46,19 +46,16 @@ class MultipoleWalk {
     const Tokens<const T> key = inputs_.key.middle_cols(key_head * dim_, dim_);
     const Tokens<const T> value = inputs_.value.middle_cols(key_head * dim_, dim_);
     const Range seen = near.seen_by_any(tile.first, tile.count);
-    for (Index j = seen.first; j < seen.end; ++j) {
-      const Index row = j - tree_.first_token();
-      if (inputs_.key_mask.empty() || inputs_.key_mask[static_cast<std::size_t>(row)] != 0) {
-        keys.append(key.row(row), value.row(row), j);
-      }
-      if (keys.full() || j + 1 == seen.end) {
-        const Index next = std::min(seen.end - (j + 1), KeyTile<T>::capacity);
-        lookahead.clear();
-        lookahead.add(key.row(row) + key.stride(), key.stride(), next, dim_);
-        lookahead.add(value.row(row) + value.stride(), value.stride(), next, dim_);
-        if (keys.count() > 0) visit(near);
-        keys.clear();
-      }
+    const std::uint8_t* mask = inputs_.key_mask.empty() ? nullptr : inputs_.key_mask.data();
+    Range rows{seen.first - tree_.first_token(), seen.end - tree_.first_token()};
+    while (rows.count() > 0) {
+      rows.first = keys.take(key, value, mask, rows, tree_.first_token());
+      const Index next = std::min(rows.count(), KeyTile<T>::capacity);
+      lookahead.clear();
+      lookahead.add(key.row(rows.first), key.stride(), next, dim_);
+      lookahead.add(value.row(rows.first), value.stride(), next, dim_);
+      if (keys.count() > 0) visit(near);
+      keys.clear();
     }
   }
 

@@ -162,14 +162,14 @@ class TokenTile : public PaddedRows<T> {
 template <class T>
 void attend_chunk(TokenTile<T>& query, Index count, const T* state, const PaddedRows<T>& key,
                   const PaddedRows<T>& value, Index keys, T* scores, T* row_sum, const PaddedRows<T>& out, bool add,
-                  Lookahead& ahead) {
+                  Pace fetch) {
   Broadcast<T> rows = query.rows();
   if (keys > 0) {
     const LaneRows<T>& on_lanes = query.on_lanes(count);
-    chunk_scores(on_lanes, key, keys, scores, row_sum, ahead);
+    chunk_scores(on_lanes, key, keys, scores, row_sum, fetch);
     rows = on_lanes.rows();
   }
-  chunk_attend<T>(rows, query.dim, count, state, scores, value, keys, out, add, ahead);
+  chunk_attend<T>(rows, query.dim, count, state, scores, value, keys, out, add, fetch);
 }
 
 }  // namespace detail

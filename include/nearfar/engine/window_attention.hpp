@@ -57,16 +57,14 @@ void window_attention_in_tiles(Work& work, const Heads& heads, Window window, do
     }
     Lookahead& ahead = queries.lookahead();
     ahead.and_then(&later);
-    for (Index j = seen.first; j < seen.end; ++j) {
-      if (mask == nullptr || mask[j] != 0) keys.append(key.row(j), value.row(j), j);
-      if (keys.full() || j + 1 == seen.end) {
-        const Index next = std::min(seen.end - (j + 1), KeyTile<T>::capacity);
-        ahead.clear();
-        ahead.add(key.row(j + 1), key.stride(), next, dim);
-        ahead.add(value.row(j + 1), value.stride(), next, value_dim);
-        queries.visit(keys, band);
-        keys.clear();
-      }
+    while (seen.count() > 0) {
+      seen.first = keys.take(key, value, mask, seen);
+      const Index next = std::min(seen.count(), KeyTile<T>::capacity);
+      ahead.clear();
+      ahead.add(key.row(seen.first), key.stride(), next, dim);
+      ahead.add(value.row(seen.first), value.stride(), next, value_dim);
+      queries.visit(keys, band);
+      keys.clear();
     }
     with_store(out, value_dim, [&](auto store) {
       queries.finish(

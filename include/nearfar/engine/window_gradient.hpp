@@ -106,10 +106,9 @@ void wide_window_gradient(Work& work, const Heads& heads, Window window, double 
                   delta + h * queries + row, T(scale));
         const Range seen = band.seen_by_any(i, count);
         const Index end = std::min(seen.end, own.end);
-        for (Index j = std::max(seen.first, own.first); j < end; ++j) {
-          if (mask == nullptr || mask[j] != 0) keys.append(key.row(j), value.row(j), j);
-          if (keys.count() < keys_a_visit && j + 1 < end) continue;
-          fresh.reach(j + 1);
+        for (Index j = std::max(seen.first, own.first); j < end;) {
+          j = keys.take(key, value, mask, {j, end}, 0, keys_a_visit);
+          fresh.reach(j);
           Lookahead& ahead = tile.lookahead();
           ahead.clear();
           const auto announce_keys = [&](Index first, Index last) {
@@ -118,11 +117,11 @@ void wide_window_gradient(Work& work, const Heads& heads, Window window, double 
             ahead.add(value.row(0) + first * value.stride(), value.stride(), keys_ahead, value_dim);
             fresh.announce(ahead, first + keys_ahead);
           };
-          announce_keys(j + 1, end);
+          announce_keys(j, end);
           const Index next = i + count;
           const Index queries_ahead = std::min(capacity, queries_seeing.end - next);
-          if (j + 1 == end) ahead.add(to.row(i), to.stride(), count, dim);
-          if (j + 1 == end && queries_ahead > 0) {
+          if (j == end) ahead.add(to.row(i), to.stride(), count, dim);
+          if (j == end && queries_ahead > 0) {
             announce_keys(std::max(band.first(next), own.first), own.end);
             ahead.add(query.row(row + count), query.stride(), queries_ahead, dim);
             ahead.add(grad.row(row + count), grad.stride(), queries_ahead, value_dim);
