@@ -4,6 +4,9 @@
 #include <nearfar/detail/simd.hpp>
 #include <nearfar/engine/hierarchy.hpp>
 
+#include <algorithm>
+#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <numeric>
 
@@ -158,6 +161,22 @@ class TreeWalk {
   Range subtrees_;
 };
 
+/// Adds up to four rows of one head to a sum: four at once, and in the same order, because the sum is then read and
+/// written less often.
+template <class T>
+void add_rows(const HeadRows<const T>& rows, Index head, const Index* row, Index count, T* sum) {
+  if (count == 4) {
+    const auto add_in_turn = [](const auto& so_far, const auto&... next) {
+      auto total = so_far;
+      ((total = padd(total, next)), ...);
+      return total;
+    };
+    return combine(rows.dim, sum, add_in_turn, sum, rows.row(head, row[0]), rows.row(head, row[1]),
+                   rows.row(head, row[2]), rows.row(head, row[3]));
+  }
+  for (Index i = 0; i < count; ++i) add_row(rows.dim, sum, rows.row(head, row[i]));
+}
+
 /// The upward pass of average pooling: the mean of each sub-block of every level, over the tokens that `count` counts.
 /// `tokens` and `mask` begin with the tree's first token; groups without new tokens are left as they are.
 ///
@@ -177,12 +196,13 @@ void pool_average(Work& work, const Hierarchy& tree, HeadRows<const T> tokens, c
       if (l == 1) {
         const Range members = tree.sub_block_tokens(r);
         pooled.set_zero(parent);
-        for (Index i = members.first; i < members.end; ++i) {
+        std::array<Index, 4> seen;
+        for (Index i = members.first, n = 0; i < members.end; ++i) {
           const Index row = i - tree.first_token();
-          if (mask != nullptr && mask[row] == 0) continue;
-          for (Index h = 0; h < pooled.heads; ++h) {
-            add_row(pooled.dim, pooled.row(h, parent), tokens.row(h, row));
-          }
+          if (mask == nullptr || mask[row] != 0) seen[static_cast<std::size_t>(n++)] = row;
+          if (n < 4 && i + 1 < members.end) continue;
+          for (Index h = 0; h < pooled.heads; ++h) add_rows(tokens, h, seen.data(), n, pooled.row(h, parent));
+          n = 0;
         }
         const T share = T(1) / count[parent];
         for (Index h = 0; h < pooled.heads; ++h) {
