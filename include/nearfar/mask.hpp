@@ -87,9 +87,9 @@ Sequence sequence(const Inputs<Scalar>& inputs, Index b) {
           keys[at + 1] - keys[at]};
 }
 
-/// The key mask of one sequence, or null where every key may be seen.
+/// The key mask, of all keys or of those from the sequence's first on, or null where every key may be seen.
 template <class Scalar>
-const std::uint8_t* key_mask(const Inputs<Scalar>& inputs, const Sequence& sequence) {
+const std::uint8_t* key_mask(const Inputs<Scalar>& inputs, const Sequence& sequence = {}) {
   return inputs.key_mask.empty() ? nullptr : inputs.key_mask.data() + sequence.key_begin;
 }
 

@@ -187,7 +187,10 @@ class Multipole {
 
  private:
   static constexpr const char* name = "Multipole";
-  static constexpr Index queries_a_tile = 576;
+
+  // Rows of one head lie far apart and crowd into few sets of the second-level cache: a small tile stays there beside
+  // the next head's. From memory, keys that two tiles read are better read once.
+  static Index queries_a_tile(const Tokens<T>& out) { return detail::larger_than_caches(out) ? 576 : 192; }
 
   void check(const Inputs<T>& inputs, Tokens<const T> out) const {
     detail::check_inputs<T>(name, heads_, inputs, out, detail::Lengths::equal);
@@ -224,12 +227,8 @@ class Multipole {
     return level;
   }
 
-  static const std::uint8_t* mask(const Inputs<T>& inputs) {
-    return inputs.key_mask.empty() ? nullptr : inputs.key_mask.data();
-  }
-
   const std::uint8_t* query_mask(const Inputs<T>& inputs) const {
-    return options_.query_pooling == QueryPooling::all ? nullptr : mask(inputs);
+    return options_.query_pooling == QueryPooling::all ? nullptr : key_mask(inputs);
   }
 
   void attend(const Inputs<T>& inputs, Tokens<T> out, double* log_sum_exp, Context& context) const {
@@ -291,7 +290,7 @@ class Multipole {
                     const detail::PooledQueries<T>* pooled, const Inputs<T>& inputs, Index first, Tokens<T> out,
                     double* log_sum_exp, Index stride) const {
     const Index dim = heads_.dim;
-    const detail::Tiles tiles(work, inputs, tree.rows_of_blocks(queries_a_tile));
+    const detail::Tiles tiles(work, inputs, tree.rows_of_blocks(queries_a_tile(out)));
     work.for_each(tiles.count() * heads_.query, [&](Index task, detail::Scratch& scratch) {
       const detail::Tile tile = tiles[task / heads_.query];
       const Index head = task % heads_.query;
@@ -351,10 +350,10 @@ class Multipole {
             const detail::FarField<T>& far) const {
     const auto key = detail::head_rows(inputs.key, heads_.key_value);
     const auto value = detail::head_rows(inputs.value, heads_.key_value);
-    detail::count_tokens(tree, mask(inputs), far.mass);
+    detail::count_tokens(tree, key_mask(inputs), far.mass);
     if (options_.pooling == Pooling::average) {
-      detail::pool_average<T>(work, tree, key, mask(inputs), far.mass, far.key);
-      detail::pool_average<T>(work, tree, value, mask(inputs), far.mass, far.value);
+      detail::pool_average<T>(work, tree, key, key_mask(inputs), far.mass, far.key);
+      detail::pool_average<T>(work, tree, value, key_mask(inputs), far.mass, far.value);
     } else {
       detail::share_mass(tree, far.mass);
       convolution(work, tree, inputs, far, parameters_.key).forward(key, far.key);
@@ -372,8 +371,8 @@ class Multipole {
     const auto grad_key = detail::head_rows(gradients.key, heads_.key_value);
     const auto grad_value = detail::head_rows(gradients.value, heads_.key_value);
     if (options_.pooling == Pooling::average) {
-      detail::pool_average_backward<T>(work, tree, mask(inputs), far.mass, grad_far.key, grad_key);
-      detail::pool_average_backward<T>(work, tree, mask(inputs), far.mass, grad_far.value, grad_value);
+      detail::pool_average_backward<T>(work, tree, key_mask(inputs), far.mass, grad_far.key, grad_key);
+      detail::pool_average_backward<T>(work, tree, key_mask(inputs), far.mass, grad_far.value, grad_value);
     } else {
       convolution(work, tree, inputs, far, parameters_.key)
           .backward(detail::head_rows(inputs.key, heads_.key_value), far.key, grad_far.key, grad_key,
@@ -387,8 +386,8 @@ class Multipole {
   detail::ConvolutionPooling<T> convolution(detail::Work& work, const detail::Hierarchy& tree, const Inputs<T>& inputs,
                                             const detail::FarField<T>& far,
                                             const std::vector<PoolingConvolution<T>>& levels) const {
-    return {work,         tree,    options_.pooling == Pooling::hierarchical_convolution, levels, heads_.dim,
-            mask(inputs), far.mass};
+    return {work,    tree, options_.pooling == Pooling::hierarchical_convolution, levels, heads_.dim, key_mask(inputs),
+            far.mass};
   }
 
   Heads heads_;

@@ -53,15 +53,19 @@ struct PastCaches {
   }
 };
 
+/// Whether rows are more than a call can hope to leave in a cache for the next.
+template <class T>
+bool larger_than_caches(const Tokens<T>& rows) {
+  constexpr Index cache_bytes = Index{32} << 20;
+  return rows.rows() * rows.cols() * Index{sizeof(T)} >= cache_bytes;
+}
+
 /// Whether rows of heads of `dim` are best stored past the caches: they would flush them, and each head is whole
 /// vectors, which such stores must be aligned to.
 template <class T>
 bool past_caches(const Tokens<T>& rows, Index dim) {
-  // More than a call can hope to leave in a cache for the next.
-  constexpr Index cache_bytes = Index{32} << 20;
   constexpr auto vector = Index{sizeof(Packet<T>)};
-  return rows.rows() * rows.cols() * Index{sizeof(T)} >= cache_bytes &&
-         reinterpret_cast<std::uintptr_t>(rows.data()) % vector == 0 &&
+  return larger_than_caches(rows) && reinterpret_cast<std::uintptr_t>(rows.data()) % vector == 0 &&
          rows.stride() * Index{sizeof(T)} % vector == 0 && dim * Index{sizeof(T)} % vector == 0;
 }
 

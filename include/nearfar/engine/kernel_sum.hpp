@@ -141,8 +141,16 @@ class KernelSum {
     return maps() * (chunk.keys > 0 ? product + attending * product * 3 / 2 : attending * product);
   }
 
-  T inverse_of(T row_sum, Index key_count) const {
-    return eps ? T(1) / (row_sum + static_cast<T>(*eps)) : T(1) / std::sqrt(static_cast<T>(key_count));
+  // Row sums become g.
+  void invert(T* row_sums, Index count, Index key_count) const {
+    if (!eps) {
+      std::fill_n(row_sums, count, T(1) / std::sqrt(static_cast<T>(key_count)));
+      return;
+    }
+    const auto inverse = [this]<class V>(const V& sum) {
+      return pdiv(pset1<V>(T(1)), padd(sum, pset1<V>(static_cast<T>(*eps))));
+    };
+    combine(count, row_sums, inverse, row_sums);
   }
 };
 
@@ -213,11 +221,9 @@ void KernelSum<T>::forward_segment(const Forward& call, const ScanStep<T>& step,
         dot_rows(query, {key_sum.running, dim(), 0}, chunk.queries, normalizer);
         attend_chunk<T>(query, chunk.queries, state.running, key, value, chunk.keys, scores, normalizer, out, false,
                         fetch);
-        for (Index i = 0; i < chunk.queries; ++i) {
-          normalizer[i] = inverse_of(normalizer[i], s.key_count);
-          if (call.inverse_normalizer != nullptr) {
-            (*call.inverse_normalizer)(s.query_begin + chunk.query + i, r * heads.query + h) = normalizer[i];
-          }
+        invert(normalizer, chunk.queries, s.key_count);
+        for (Index i = 0; i < chunk.queries && call.inverse_normalizer != nullptr; ++i) {
+          (*call.inverse_normalizer)(s.query_begin + chunk.query + i, r * heads.query + h) = normalizer[i];
         }
         out.store(out_of_head(h).from(chunk.query), chunk.queries, normalizer,
                   call.weights.rows() == 0 ? nullptr : call.weights.row(r * heads.query + h),

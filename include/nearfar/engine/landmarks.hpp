@@ -21,7 +21,7 @@ class Landmarks {
  public:
   template <class T>
   Landmarks(Work& work, const Inputs<T>& inputs, Index per_sequence)
-      : mask_(inputs.key_mask.empty() ? nullptr : inputs.key_mask.data()), sequences_(sequence_count(inputs)) {
+      : mask_(key_mask(inputs)), sequences_(sequence_count(inputs)) {
     Index most = 0;
     for (Index b = 0; b < sequences_; ++b) most += std::min(per_sequence, sequence(inputs, b).key_count);
     offsets_ = work.take<Index>(sequences_ + 1);

@@ -46,7 +46,7 @@ class MultipoleWalk {
     const Tokens<const T> key = inputs_.key.middle_cols(key_head * dim_, dim_);
     const Tokens<const T> value = inputs_.value.middle_cols(key_head * dim_, dim_);
     const Range seen = near.seen_by_any(tile.first, tile.count);
-    const std::uint8_t* mask = inputs_.key_mask.empty() ? nullptr : inputs_.key_mask.data();
+    const std::uint8_t* mask = key_mask(inputs_);
     Range rows{seen.first - tree_.first_token(), seen.end - tree_.first_token()};
     while (rows.count() > 0) {
       rows.first = keys.take(key, value, mask, rows, tree_.first_token());

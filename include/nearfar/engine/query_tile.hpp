@@ -179,7 +179,7 @@ class QueryTile {
           largest[v] = pmax(largest[v], product);
           pstoreu(scores + j * width + v * lanes<T>, product);
         },
-        Pace{lookahead_, 32});
+        Pace{lookahead_, 24});
     if (max == nullptr) return;
     for (int v = 0; v < Vectors; ++v) max[vector + v] = pmax(max[vector + v], largest[v]);
   }
@@ -199,7 +199,7 @@ class QueryTile {
           T* const o = softmax.value + at(c, v);
           pstoreu(o, pmadd(ploadu<Packet<T>>(o), factor[vector + v], product));
         },
-        Pace{lookahead_, 32});
+        Pace{lookahead_, 24});
   }
 
   Index dim_;
