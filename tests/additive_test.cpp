@@ -418,7 +418,7 @@ TEST(Additive, SaysWhatIsWrong) {
             "nearfar::Additive: a stream is one sequence, but query_offsets has 3 numbers.");
 }
 
-// Rows of more than 32 MiB are stored past the caches, if they are aligned to vectors: these are and are not.
+// Rows of 16 MiB and more are stored past the caches, if they are aligned to vectors: these are and are not.
 TEST(Additive, LargeMatricesAreStoredAsSmallOnesAre) {
   for (const Heads& heads : {Heads{8, 8, 64}, Heads{8, 4, 20}}) {
     for (const bool causal : {false, true}) {

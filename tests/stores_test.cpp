@@ -6,7 +6,7 @@
 
 #include <array>
 
-// Rows of more than 32 MiB are stored past the caches, if they are aligned to vectors.
+// Rows of 16 MiB and more are stored past the caches, if they are aligned to vectors.
 
 namespace nearfar::test {
 namespace {

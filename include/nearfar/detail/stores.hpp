@@ -56,7 +56,7 @@ struct PastCaches {
 /// Whether rows are more than a call can hope to leave in a cache for the next.
 template <class T>
 bool larger_than_caches(const Tokens<T>& rows) {
-  constexpr Index cache_bytes = Index{32} << 20;
+  constexpr Index cache_bytes = Index{16} << 20;
   return rows.rows() * rows.cols() * Index{sizeof(T)} >= cache_bytes;
 }
 
