@@ -96,7 +96,7 @@ class Lookahead {
 /// Takes a step of a lookahead every so many inner steps of a product.
 struct Pace {
   Lookahead& ahead;
-  Index every = 16;
+  Index every;
 
   NEARFAR_INLINE void operator()() const { ahead.step(); }
 };

@@ -60,13 +60,15 @@ NEARFAR_INLINE void load_columns(const T* from, Index stride, P* columns) {
       columns[i] = join<P>(part(row, column), part(row + half, column), std::make_index_sequence<width>{});
     }
     transpose_halves<1>(columns);
-    return transpose_halves<1>(columns + half);
-  }
+    transpose_halves<1>(columns + half);
+  } else
 #endif
-  Eigen::internal::PacketBlock<P, width> block;
-  for (int i = 0; i < width; ++i) block.packet[i] = ploadu<P>(from + i * stride);
-  if constexpr (width > 1) ptranspose(block);
-  std::copy_n(block.packet, width, columns);
+  {
+    Eigen::internal::PacketBlock<P, width> block;
+    for (int i = 0; i < width; ++i) block.packet[i] = ploadu<P>(from + i * stride);
+    if constexpr (width > 1) ptranspose(block);
+    std::copy_n(block.packet, width, columns);
+  }
 }
 
 /// to(c, r) = factor * from(r, c) for such a block, and times factors[c] unless these are null.

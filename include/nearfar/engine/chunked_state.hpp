@@ -77,7 +77,7 @@ struct RunningSums {
     // Bidirectional sums are complete before the chunks of the queries, which add nothing.
     if (count == 0) return;
     for_each_panel<T>(value.stride, [&](auto vectors, Index c) {
-      // Copies, which no store can reach.
+      // By value: what a reference reads would be read again after each store, which might have changed it.
       multiply_groups<state_rows, decltype(vectors)::value>(
           key.features(), key.dim, value.data + c, value.stride, count,
           [](Index, int) { return pset1<Packet<T>>(T(0)); },

@@ -197,20 +197,17 @@ void KernelSum<T>::forward_segment(const Forward& call, const ScanStep<T>& step,
   T* normalizer = scratch.take<T>(chunk_tokens);
   const Writes writes = first_writes(call.out, value_dim(), call.add);
   Lookahead ahead;
-  Pace fetch{ahead};
   const auto announce = [&](const Chunk& next, Index g) {
     ahead.clear();
     values_of_head(g).from(next.key).announce(ahead, next.keys, value_dim());
     keys_of_head(g).from(next.key).announce(ahead, next.keys, dim());
-    if (!step.sums_only) {
-      queries_of_head(g * heads.group()).from(next.query).announce(ahead, next.queries, heads.group() * dim());
-      if (writes != Writes::past_caches) {
-        out_of_head(g * heads.group()).from(next.query).announce(ahead, next.queries, heads.group() * value_dim());
-      }
-    }
-    fetch.every = ahead.pace(inner_steps(next, step.sums_only ? 0 : heads.group()));
+    if (step.sums_only) return;
+    queries_of_head(g * heads.group()).from(next.query).announce(ahead, next.queries, heads.group() * dim());
+    if (writes == Writes::past_caches) return;
+    out_of_head(g * heads.group()).from(next.query).announce(ahead, next.queries, heads.group() * value_dim());
   };
   step.for_each_chunk(announce, [&](const Chunk& chunk, Index g) {
+    const Pace fetch{ahead, ahead.pace(inner_steps(chunk, step.sums_only ? 0 : heads.group()))};
     value.load(values_of_head(g).from(chunk.key), chunk.keys, visible.from(chunk.key));
     for (Index r = 0; r < maps(); ++r) {
       const RunningSums<T> state = step.sums.from(((g - step.heads.first) * maps() + r) * map_size());

@@ -68,21 +68,18 @@ void KernelSum<T>::query_gradient_segment(const Backward& call, Tokens<T> grad_r
   T* row_sum = scratch.take<T>(chunk_tokens);
   const Writes writes = first_writes(call.grad.query, dim(), call.add);
   Lookahead ahead;
-  Pace fetch{ahead};
   const auto announce = [&](const Chunk& next, Index g) {
     ahead.clear();
     values_of_head(g).from(next.key).announce(ahead, next.keys, value_dim());
     keys_of_head(g).from(next.key).announce(ahead, next.keys, dim());
-    if (!step.sums_only) {
-      queries_of_head(g * heads.group()).from(next.query).announce(ahead, next.queries, heads.group() * dim());
-      grad_out_of_head(g * heads.group()).from(next.query).announce(ahead, next.queries, heads.group() * value_dim());
-      if (writes != Writes::past_caches) {
-        grad_query_of_head(g * heads.group()).from(next.query).announce(ahead, next.queries, heads.group() * dim());
-      }
-    }
-    fetch.every = ahead.pace(inner_steps(next, step.sums_only ? 0 : heads.group()));
+    if (step.sums_only) return;
+    queries_of_head(g * heads.group()).from(next.query).announce(ahead, next.queries, heads.group() * dim());
+    grad_out_of_head(g * heads.group()).from(next.query).announce(ahead, next.queries, heads.group() * value_dim());
+    if (writes == Writes::past_caches) return;
+    grad_query_of_head(g * heads.group()).from(next.query).announce(ahead, next.queries, heads.group() * dim());
   };
   step.for_each_chunk(announce, [&](const Chunk& chunk, Index g) {
+    const Pace fetch{ahead, ahead.pace(inner_steps(chunk, step.sums_only ? 0 : heads.group()))};
     const Index first = s.query_begin + chunk.query;
     value.load(values_of_head(g).from(chunk.key), chunk.keys, visible.from(chunk.key));
     for (Index r = 0; r < maps(); ++r) {
@@ -144,23 +141,20 @@ void KernelSum<T>::key_gradient_segment(const Backward& call, Tokens<T> grad_row
                               : past_caches(call.grad.value, value_dim()) ? Writes::past_caches
                                                                           : Writes::anew;
   Lookahead ahead;
-  Pace fetch{ahead};
   // In this scan keys take the part of queries and queries that of keys.
   const auto announce = [&](const Chunk& next, Index g) {
     ahead.clear();
     queries_of_head(g * heads.group()).from(next.key).announce(ahead, next.keys, heads.group() * dim());
     grad_out_of_head(g * heads.group()).from(next.key).announce(ahead, next.keys, heads.group() * value_dim());
-    if (!step.sums_only) {
-      values_of_head(g).from(next.query).announce(ahead, next.queries, value_dim());
-      keys_of_head(g).from(next.query).announce(ahead, next.queries, dim());
-      if (key_writes != Writes::past_caches) grad_key_of_head(g).from(next.query).announce(ahead, next.queries, dim());
-      if (value_writes != Writes::past_caches) {
-        grad_value_of_head(g).from(next.query).announce(ahead, next.queries, value_dim());
-      }
-    }
-    fetch.every = ahead.pace(heads.group() * inner_steps(next, step.sums_only ? 0 : 2));
+    if (step.sums_only) return;
+    values_of_head(g).from(next.query).announce(ahead, next.queries, value_dim());
+    keys_of_head(g).from(next.query).announce(ahead, next.queries, dim());
+    if (key_writes != Writes::past_caches) grad_key_of_head(g).from(next.query).announce(ahead, next.queries, dim());
+    if (value_writes == Writes::past_caches) return;
+    grad_value_of_head(g).from(next.query).announce(ahead, next.queries, value_dim());
   };
   step.for_each_chunk(announce, [&](const Chunk& chunk, Index g) {
+    const Pace fetch{ahead, ahead.pace(heads.group() * inner_steps(chunk, step.sums_only ? 0 : 2))};
     const Index keys = chunk.queries;
     const Index queries = chunk.keys;
     const Index last_query = s.query_begin + s.query_count - 1 - chunk.key;
