@@ -86,7 +86,9 @@ INSTANTIATE_TEST_SUITE_P(, NarrowBackward,
                                                           3 * detail::lanes<float> - 1)));
 
 TEST_P(NarrowBackward, IsAsThatOfAnyOtherWindow) {
-  const auto [causal, dim] = GetParam();
+  // Not a structured binding, which clang 14 does not let a lambda capture.
+  const bool causal = std::get<0>(GetParam());
+  const Index dim = std::get<1>(GetParam());
   constexpr Index fewer = detail::lanes<float> - 1;
   if (fewer == 0) GTEST_SKIP() << "Without vectors no head has fewer features than one.";
   const Heads heads_by_rows{.query = 4, .key_value = 2, .dim = dim}, others{.query = 4, .key_value = 2, .dim = fewer};
