@@ -1,3 +1,5 @@
+#include <nearfar/banded.hpp>
+
 #include "subjects/properties.hpp"
 
 // Which tokens see which: what no option may break, for every mechanism.
@@ -27,6 +29,53 @@ TEST_P(Visibility, CausalRowsKeepTheirBitsWhateverComesLater) {
       const Matrix<T> again = run_forward(*subject, changed);
       EXPECT_TRUE(same_bits(again.topRows(first_changed).eval(), out.topRows(first_changed).eval())) << first_changed;
       EXPECT_FALSE(same_bits(again.bottomRows(count).eval(), out.bottomRows(count).eval())) << first_changed;
+    }
+  });
+}
+
+TEST_P(Visibility, CausalRowsKeepTheirBitsWhereLaterOnesAreNotFinite) {
+  if (!causal()) GTEST_SKIP() << "not causal";
+  in_each_scalar([]<class T>(T) {
+    const auto subject = make<T>();
+    const Index n = 150;
+    const auto sample = masked_sample<T>(n, 1);
+    const Matrix<T> out = run_forward(*subject, sample);
+    for (const T poison : {std::numeric_limits<T>::quiet_NaN(), std::numeric_limits<T>::infinity()}) {
+      for (const Index first_changed : {1, 3, 4, 8, 31, 64, 65, 100, 149}) {
+        auto changed = sample;
+        for (auto* matrix : {&changed.query, &changed.key, &changed.value}) {
+          matrix->bottomRows(n - first_changed).setConstant(poison);
+        }
+        const Matrix<T> again = run_forward(*subject, changed);
+        EXPECT_TRUE(same_bits(again.topRows(first_changed).eval(), out.topRows(first_changed).eval()))
+            << poison << " from " << first_changed;
+        EXPECT_FALSE(finite(again)) << first_changed;
+      }
+    }
+  });
+}
+
+TEST(WindowVisibility, WhatIsNotFiniteReachesNoRowThatDoesNotSeeIt) {
+  in_each_scalar([]<class T>(T) {
+    const Heads heads{.query = 4, .key_value = 2, .dim = 20};
+    const Index n = 400;
+    for (const Index side : {2, 20, 100}) {
+      const Banded<T> attention(heads, {.window = {.left = side, .right = side}});
+      const auto sample = random_sample<T>(heads, n, 60);
+      Matrix<T> out(n, heads.out_cols()), again = out;
+      attention.forward(sample.inputs(), out);
+      for (const T poison : {std::numeric_limits<T>::quiet_NaN(), std::numeric_limits<T>::infinity()}) {
+        for (const Index bad : {0, 1, 47, 64, 200, 399}) {
+          auto changed = sample;
+          changed.key.row(bad).setConstant(poison);
+          changed.value.row(bad).setConstant(poison);
+          attention.forward(changed.inputs(), again);
+          for (Index i = 0; i < n; ++i) {
+            const bool sees = std::abs(i - bad) <= side;
+            EXPECT_EQ(same_bits(again.row(i).eval(), out.row(i).eval()), !sees) << bad << " by row " << i;
+          }
+        }
+      }
     }
   });
 }

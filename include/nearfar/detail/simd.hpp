@@ -47,6 +47,7 @@ using Eigen::internal::pmadd;
 using Eigen::internal::pmax;
 using Eigen::internal::pmin;
 using Eigen::internal::pmul;
+using Eigen::internal::por;
 using Eigen::internal::predux;
 using Eigen::internal::pselect;
 using Eigen::internal::pset1;
@@ -122,6 +123,18 @@ template <class T>
 NEARFAR_INLINE void add_row(Index count, T* to, const T* from) {
   combine(
       count, to, [](const auto& a, const auto& b) { return padd(a, b); }, to, from);
+}
+
+/// Zero in the lanes of numbers that are finite, NaN in the others: `por` collects these.
+template <class P>
+NEARFAR_INLINE P zero_if_finite(const P& x) {
+  return psub(x, x);
+}
+
+/// Whether none is NaN of what was so collected.
+template <class P>
+NEARFAR_INLINE bool all_finite(const P& zeros) {
+  return predux(zeros) == 0;
 }
 
 #if defined(__GNUC__)

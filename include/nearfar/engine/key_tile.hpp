@@ -26,6 +26,7 @@ class KeyTile {
  public:
   static constexpr Index capacity = 128 / group_rows * group_rows;
   static_assert(group_rows % weights_at_once == 0, "The weights of a group are taken together.");
+  static_assert(group_rows * group_rows % lanes<T> == 0, "A group of values is whole vectors.");
 
   NEARFAR_NO_INLINE KeyTile(Scratch& scratch, Index dim, Index value_dim)
       : dim_(dim),
@@ -82,14 +83,22 @@ class KeyTile {
     return row;
   }
 
-  /// Fills up the last group with keys whose scores are -infinity.
+  /// Fills up the last group with keys whose scores are -infinity, and looks whether all values are finite.
   void complete() {
     const Index missing = round_up(count_, group_rows) - count_;
     std::fill_n(key_ + count_ * key_stride(), missing * key_stride(), T(0));
     std::fill_n(value_ + count_ * value_stride(), missing * value_stride(), T(0));
     std::fill_n(bias_ + count_, missing, -infinity<T>);
     std::fill_n(position_ + count_, missing, Index(0));
+    Packet<T> zeros = pset1<Packet<T>>(T(0));
+    for (Index c = 0; c < (count_ + missing) * value_stride(); c += lanes<T>) {
+      zeros = por(zeros, zero_if_finite(ploadu<Packet<T>>(value_ + c)));
+    }
+    values_are_finite_ = all_finite(zeros);
   }
+
+  /// Whether they are: else a weight of zero times a value may not be zero.
+  bool values_are_finite() const { return values_are_finite_; }
 
   /// The keys that stand in a range of positions, as a range of places in this tile.
   NEARFAR_NO_INLINE Range within(Range positions) const {
@@ -130,6 +139,7 @@ class KeyTile {
   T* bias_;
   Index* position_;
   Index count_ = 0;
+  bool values_are_finite_ = true;
 };
 
 }  // namespace detail

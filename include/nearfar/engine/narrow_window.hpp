@@ -95,6 +95,7 @@ class NarrowWindow {
     T* place;
     Index origin = 0;
     Index count = 0;
+    bool values_are_finite = true;  ///< else a weight of zero times a value may not be zero
   };
 
   /// What four queries of a head need beside: the scores of their keys, that become weights; where their rows, and
@@ -123,23 +124,27 @@ class NarrowWindow {
     const std::uint8_t* mask = key_mask(inputs_, rows);
     const Range seen = Band(window_, rows.query_count, rows.key_count).seen_by_any(tile.first, tile.count);
     keys.origin = seen.first;
+    Packet<T> zeros = pset1<Packet<T>>(T(0));
     for (Index j = seen.first; j < seen.end; ++j) {
       if (mask != nullptr && mask[j] == 0) continue;
       copy_heads(inputs_.key.row(rows.key_begin + j), heads_.dim, keys.key + keys.count * key_width_, key_width_);
-      copy_heads(inputs_.value.row(rows.key_begin + j), heads_.value_width(), keys.value + keys.count * value_width_,
-                 value_width_);
+      zeros = por(zeros, copy_heads(inputs_.value.row(rows.key_begin + j), heads_.value_width(),
+                                    keys.value + keys.count * value_width_, value_width_));
       keys.position[keys.count] = j;
       std::fill_n(keys.place + keys.count * queries_at_once, queries_at_once, T(j - keys.origin));
       ++keys.count;
     }
+    keys.values_are_finite = all_finite(zeros);
     // No query sees the places after the last key, which complete a group of keys_at_once.
     std::fill_n(keys.place + keys.count * queries_at_once, products_at_once, infinity<T>);
   }
 
-  void copy_heads(const Scalar* row, Index width, T* to, Index stride) const {
+  Packet<T> copy_heads(const Scalar* row, Index width, T* to, Index stride) const {
+    Packet<T> zeros = pset1<Packet<T>>(T(0));
     for (Index h = 0; h < heads_.key_value; ++h, row += width, to += Keys::capacity * stride) {
-      copy_filled(row, width, to);
+      zeros = por(zeros, copy_filled(row, width, to));
     }
+    return zeros;
   }
 
   void fill_factors(T* factors) const {
@@ -222,18 +227,38 @@ class NarrowWindow {
       const bool there = whole && q < queries.count;
       result[q] = there ? out.row(row(q)) + head * width : desk.out + q * value_width_;
     }
+    const T* const values = keys.value + first * value_width_;
+    const auto finish = [&](Index q, Index c, const Packet<T>& value) {
+      const Packet<T> factor = ploadu<Packet<T>>(desk.factors + head * value_width_ + c);
+      store(result[q] + c, Packet<T>(pmul(pmul(value, pset1<Packet<T>>(inverse[q])), factor)));
+    };
     for_each_feature_block<T>(value_width_, [&](auto vectors, Index c) {
+      if (!keys.values_are_finite) return add_weighed_values(desk.weights, count, values, c, vectors, finish);
       multiply<decltype(vectors)::value>(
-          Broadcast<T>{desk.weights, 1, queries_at_once}, queries_at_once, keys.value + first * value_width_ + c,
-          value_width_, count, [](Index, int) { return pset1<Packet<T>>(T(0)); },
-          [&](Index q, int v, const Packet<T>& value) {
-            const Index column = c + v * lanes<T>;
-            const Packet<T> factor = ploadu<Packet<T>>(desk.factors + head * value_width_ + column);
-            store(result[q] + column, Packet<T>(pmul(pmul(value, pset1<Packet<T>>(inverse[q])), factor)));
-          });
+          Broadcast<T>{desk.weights, 1, queries_at_once}, queries_at_once, values + c, value_width_, count,
+          [](Index, int) { return pset1<Packet<T>>(T(0)); },
+          [&](Index q, int v, const Packet<T>& value) { finish(q, c + v * lanes<T>, value); });
     });
     if (whole) return;
     for (Index q = 0; q < queries.count; ++q) copy_row(result[q], width, out.row(row(q)) + head * width);
+  }
+
+  // finish(query, c, sum) takes the weighted sums of `vectors` vectors of values, from column c on, where infinity or
+  // NaN stands among them. A weight of zero, as every key has that a query does not see, adds nothing, where a product
+  // would add NaN.
+  template <class Finish>
+  void add_weighed_values(const T* weights, Index count, const T* values, Index c, int vectors, Finish&& finish) const {
+    for (const Index end = c + vectors * lanes<T>; c < end; c += lanes<T>) {
+      for (Index q = 0; q < queries_at_once; ++q) {
+        Packet<T> sum = pset1<Packet<T>>(T(0));
+        for (Index j = 0; j < count; ++j) {
+          const T weight = weights[j * queries_at_once + q];
+          if (weight == T(0)) continue;
+          sum = pmadd(pset1<Packet<T>>(weight), ploadu<Packet<T>>(values + j * value_width_ + c), sum);
+        }
+        finish(q, c, sum);
+      }
+    }
   }
 
   // Scores as [key][query], -infinity where a query does not see a key; and their maxima, that of query q in all lanes

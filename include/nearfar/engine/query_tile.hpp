@@ -150,10 +150,12 @@ class QueryTile {
     }
     // What a visit adds to a value is one sum in the order of the keys, into however many stretches these fall: else
     // keys that a query does not see would change its last bit.
-    T* const sums = stretches > 1 ? sums_ : nullptr;
+    const bool finite = keys.values_are_finite();
+    T* const sums = stretches > 1 || !finite ? sums_ : nullptr;
     if (sums != nullptr) std::fill_n(sums, value_rows() * width, T(0));
     seen.for_each_stretch([&](auto vectors, int vector, Range range, Range) {
-      add_values<vectors>(softmax, vector, keys, range, factor, sums);
+      if (finite) return add_values<vectors>(softmax, vector, keys, range, factor, sums);
+      for (int v = vector; v < vector + vectors; ++v) add_weighed_values(v, keys, range);
     });
     for (int v = 0; v < panel_vectors && sums != nullptr; ++v) {
       if (seen.any(v).count() == 0) continue;
@@ -200,6 +202,21 @@ class QueryTile {
           pstoreu(o, pmadd(ploadu<Packet<T>>(o), factor[vector + v], product));
         },
         Pace{lookahead_, 24});
+  }
+
+  // The sums of one vector take what some keys add where infinity or NaN stands among their values. A weight of zero,
+  // as every key has that a query does not see, adds nothing, where a product would add NaN.
+  NEARFAR_NO_INLINE void add_weighed_values(Index vector, const KeyTile<T>& keys, Range range) {
+    for (Index c = 0; c < value_dim_; ++c) {
+      T* const at = sums_ + c * width + vector * lanes<T>;
+      Packet<T> sum = ploadu<Packet<T>>(at);
+      for (Index j = range.first; j < range.end; ++j) {
+        const Packet<T> weight = ploadu<Packet<T>>(scores_ + j * width + vector * lanes<T>);
+        const Packet<T> none = pcmp_eq(weight, pset1<Packet<T>>(T(0)));
+        sum = pselect(none, sum, Packet<T>(pmadd(weight, pset1<Packet<T>>(keys.value(j).data[c]), sum)));
+      }
+      pstoreu(at, sum);
+    }
   }
 
   Index dim_;

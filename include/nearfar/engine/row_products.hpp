@@ -42,20 +42,28 @@ bool meets_by_rows(const Heads& heads, Window window) {
          window.left + window.right < most;
 }
 
-/// Copies a row of at least one vector, the last vector maybe over a part of the one before.
+/// Copies a row of at least one vector, the last vector maybe over a part of the one before. Gives zeros, with NaN
+/// among them if any number of the row is not finite.
 template <class T>
-NEARFAR_INLINE void copy_row(const T* from, Index width, T* to) {
+NEARFAR_INLINE Packet<T> copy_row(const T* from, Index width, T* to) {
+  Packet<T> zeros = pset1<Packet<T>>(T(0));
+  const auto copy_vector = [&](Index c) {
+    const Packet<T> numbers = ploadu<Packet<T>>(from + c);
+    zeros = por(zeros, zero_if_finite(numbers));
+    pstoreu(to + c, numbers);
+  };
   Index c = 0;
-  for (; c + lanes<T> <= width; c += lanes<T>) pstoreu(to + c, ploadu<Packet<T>>(from + c));
-  if (c < width) pstoreu(to + width - lanes<T>, ploadu<Packet<T>>(from + width - lanes<T>));
+  for (; c + lanes<T> <= width; c += lanes<T>) copy_vector(c);
+  if (c < width) copy_vector(width - lanes<T>);
+  return zeros;
 }
 
 /// The same, and fills it up with zeros.
 template <class T>
-NEARFAR_INLINE void copy_filled(const T* from, Index width, T* to) {
+NEARFAR_INLINE Packet<T> copy_filled(const T* from, Index width, T* to) {
   const Index whole = width / lanes<T> * lanes<T>;
   if (whole < width) pstoreu(to + whole, pset1<Packet<T>>(T(0)));
-  copy_row(from, width, to);
+  return copy_row(from, width, to);
 }
 
 /// The products of rows of `dim` numbers, filled up, each summed over the lanes of its accumulator.
