@@ -42,9 +42,22 @@ class QueryTile {
   /// Takes `count` queries, the first of them number `first` of its sequence, times `factor`; sees no key yet.
   template <class Storage>
   void load(const Storage* rows, Index stride, Index first, Index count, T factor) {
+    start(first, count);
+    load_until(count, rows, stride, factor);
+  }
+
+  /// The same, but takes the queries later: those that a walk over the keys has not come to need no cache yet.
+  void start(Index first, Index count) {
     first_ = first;
     count_ = count;
-    for (Index p = 0; p < panels(); ++p) {
+    loaded_ = finished_ = 0;
+  }
+
+  /// Takes, panel by panel, at least the first `end` queries of the tile, which begins at `rows`.
+  template <class Storage>
+  void load_until(Index end, const Storage* rows, Index stride, T factor) {
+    for (; loaded_ * width < end; ++loaded_) {
+      const Index p = loaded_;
       if (in_panel(p) < width) std::fill_n(query(p), width * dim_, T(0));
       transpose(rows + p * width * stride, stride, in_panel(p), dim_, factor, query(p), width);
       panel(p).start();
@@ -58,7 +71,7 @@ class QueryTile {
   template <class Band>
   NEARFAR_NO_INLINE void visit(KeyTile<T>& keys, const Band& band) {
     keys.complete();
-    for (Index p = 0; p < panels(); ++p) {
+    for (Index p = finished_; p < loaded_; ++p) {
       Packet<T> max[panel_vectors];
       std::fill_n(max, panel_vectors, pset1<Packet<T>>(-infinity<T>));
       const auto hide_edges = [&](int vector, int vectors, Range range, Range all) {
@@ -106,7 +119,15 @@ class QueryTile {
   /// log-sum-exp beside where that is not null.
   template <class Storage>
   void finish(Storage* out, Index stride, double* log_sum_exp, const T* factor = nullptr, KeepOrPastCaches store = {}) {
-    for (Index p = 0; p < panels(); ++p) {
+    finish_until(count_, out, stride, log_sum_exp, factor, store);
+  }
+
+  /// The same of the panels that hold none but the first `end` queries: they meet no further keys.
+  template <class Storage>
+  void finish_until(Index end, Storage* out, Index stride, double* log_sum_exp, const T* factor,
+                    KeepOrPastCaches store) {
+    for (; finished_ < panels() && finished_ * width + in_panel(finished_) <= end; ++finished_) {
+      const Index p = finished_;
       panel(p).finish(in_panel(p), out + p * width * stride, stride,
                       log_sum_exp == nullptr ? nullptr : log_sum_exp + p * width, factor, store);
     }
@@ -114,6 +135,10 @@ class QueryTile {
 
   /// What the next visit will read, fetched during this one.
   Lookahead& lookahead() { return lookahead_; }
+
+  /// How many queries are loaded, and how many of these finished.
+  Index loaded() const { return std::min(loaded_ * width, count_); }
+  Index finished() const { return std::min(finished_ * width, count_); }
 
   Index panels() const { return (count_ + width - 1) / width; }
   Index in_panel(Index p) const { return std::min(width, count_ - p * width); }
@@ -223,6 +248,8 @@ class QueryTile {
   Index value_dim_;
   Index first_ = 0;
   Index count_ = 0;
+  Index loaded_ = 0;    // panels
+  Index finished_ = 0;  // of these
   T* query_;
   T* state_;
   T* scores_;

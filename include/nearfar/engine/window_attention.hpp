@@ -38,39 +38,60 @@ void window_attention_in_tiles(Work& work, const Heads& heads, Window window, do
         inputs.query.middle_rows(rows.query_begin + tile.first, tile.count).middle_cols(head * dim, dim);
     const Tokens result =
         out.middle_rows(rows.query_begin + tile.first, tile.count).middle_cols(head * value_dim, value_dim);
-    queries.load(query.data(), query.stride(), tile.first, tile.count, T(scale) * log2_e<T>);
     const Tokens key = inputs.key.middle_rows(rows.key_begin, rows.key_count).middle_cols(key_head * dim, dim);
     const Tokens value =
         inputs.value.middle_rows(rows.key_begin, rows.key_count).middle_cols(key_head * value_dim, value_dim);
     Range seen = band.seen_by_any(tile.first, tile.count);
     seen.first = seen.first / 16 * 16;
+    const auto next_keys = [&] { return std::min(seen.count(), KeyTile<T>::capacity); };
 
+    // How many queries of the tile see keys before `end`, and how many of them no others.
+    const auto begun = [&](Index end) {
+      return std::clamp<Index>(band.seeing(end - 1).end - tile.first, 0, tile.count);
+    };
+    const auto ended = [&, last = seen.end](Index end) {
+      return end < last ? std::clamp<Index>(band.seeing(end).first - tile.first, 0, tile.count) : tile.count;
+    };
+
+    const bool past = past_caches(out, value_dim);
     Lookahead later;
-    if (!past_caches(out, value_dim)) later.add(result.data(), result.stride(), result.rows(), value_dim);
     if (head + 1 < heads.query) {
       // The next task is likely this tile's next head.
       const Index columns = (head + 1) % heads.group() == 0 ? dim : 0;
-      const Index first = std::min(seen.count(), KeyTile<T>::capacity);
-      later.add(query.data() + dim, query.stride(), query.rows(), dim);
-      later.add(key.row(seen.first) + columns, key.stride(), first, dim);
-      later.add(value.row(seen.first) + columns / dim * value_dim, value.stride(), first, value_dim);
+      later.add(query.data() + dim, query.stride(), begun(seen.first + next_keys()), dim);
+      later.add(key.row(seen.first) + columns, key.stride(), next_keys(), dim);
+      later.add(value.row(seen.first) + columns / dim * value_dim, value.stride(), next_keys(), value_dim);
     }
     Lookahead& ahead = queries.lookahead();
     ahead.and_then(&later);
-    while (seen.count() > 0) {
-      seen.first = keys.take(key, value, mask, seen);
-      const Index next = std::min(seen.count(), KeyTile<T>::capacity);
-      ahead.clear();
-      ahead.add(key.row(seen.first), key.stride(), next, dim);
-      ahead.add(value.row(seen.first), value.stride(), next, value_dim);
-      queries.visit(keys, band);
-      keys.clear();
-    }
     with_store(out, value_dim, [&](auto store) {
-      queries.finish(
-          result.data(), result.stride(),
-          log_sum_exp == nullptr ? nullptr : log_sum_exp + head * inputs.query.rows() + rows.query_begin + tile.first,
-          factors.rows() == 0 ? nullptr : factors.row(head), store);
+      const auto load_until = [&](Index end) {
+        queries.load_until(end, query.data(), query.stride(), T(scale) * log2_e<T>);
+      };
+      const auto finish_until = [&](Index end) {
+        queries.finish_until(
+            end, result.data(), result.stride(),
+            log_sum_exp == nullptr ? nullptr : log_sum_exp + head * inputs.query.rows() + rows.query_begin + tile.first,
+            factors.rows() == 0 ? nullptr : factors.row(head), store);
+      };
+      queries.start(tile.first, tile.count);
+      while (seen.count() > 0) {
+        seen.first = keys.take(key, value, mask, seen);
+        load_until(begun(seen.first));
+        const Range joining{queries.loaded(), begun(seen.first + next_keys())};
+        const Range leaving{queries.finished(), ended(seen.first)};
+        ahead.clear();
+        ahead.add(key.row(seen.first), key.stride(), next_keys(), dim);
+        ahead.add(value.row(seen.first), value.stride(), next_keys(), value_dim);
+        ahead.add(query.row(joining.first), query.stride(), joining.count(), dim);
+        if (!past) ahead.add(result.row(leaving.first), result.stride(), leaving.count(), value_dim);
+        queries.visit(keys, band);
+        keys.clear();
+        finish_until(leaving.end);
+      }
+      // Queries that see no key.
+      load_until(tile.count);
+      finish_until(tile.count);
     });
   });
 }
