@@ -29,27 +29,14 @@ TEST_P(Visibility, CausalRowsKeepTheirBitsWhateverComesLater) {
       const Matrix<T> again = run_forward(*subject, changed);
       EXPECT_TRUE(same_bits(again.topRows(first_changed).eval(), out.topRows(first_changed).eval())) << first_changed;
       EXPECT_FALSE(same_bits(again.bottomRows(count).eval(), out.bottomRows(count).eval())) << first_changed;
-    }
-  });
-}
-
-TEST_P(Visibility, CausalRowsKeepTheirBitsWhereLaterOnesAreNotFinite) {
-  if (!causal()) GTEST_SKIP() << "not causal";
-  in_each_scalar([]<class T>(T) {
-    const auto subject = make<T>();
-    const Index n = 150;
-    const auto sample = masked_sample<T>(n, 1);
-    const Matrix<T> out = run_forward(*subject, sample);
-    for (const T poison : {std::numeric_limits<T>::quiet_NaN(), std::numeric_limits<T>::infinity()}) {
-      for (const Index first_changed : {1, 3, 4, 8, 31, 64, 65, 100, 149}) {
-        auto changed = sample;
+      for (const T poison : {std::numeric_limits<T>::quiet_NaN(), std::numeric_limits<T>::infinity()}) {
         for (auto* matrix : {&changed.query, &changed.key, &changed.value}) {
-          matrix->bottomRows(n - first_changed).setConstant(poison);
+          matrix->bottomRows(count).setConstant(poison);
         }
-        const Matrix<T> again = run_forward(*subject, changed);
-        EXPECT_TRUE(same_bits(again.topRows(first_changed).eval(), out.topRows(first_changed).eval()))
-            << poison << " from " << first_changed;
-        EXPECT_FALSE(finite(again)) << first_changed;
+        const Matrix<T> poisoned = run_forward(*subject, changed);
+        EXPECT_TRUE(same_bits(poisoned.topRows(first_changed).eval(), out.topRows(first_changed).eval()))
+            << first_changed;
+        EXPECT_FALSE(finite(poisoned)) << first_changed;
       }
     }
   });
