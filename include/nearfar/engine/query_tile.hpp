@@ -42,12 +42,12 @@ class QueryTile {
   /// Takes `count` queries, the first of them number `first` of its sequence, times `factor`; sees no key yet.
   template <class Storage>
   void load(const Storage* rows, Index stride, Index first, Index count, T factor) {
-    start(first, count);
+    begin(first, count);
     load_until(count, rows, stride, factor);
   }
 
-  /// The same, but takes the queries later: those that a walk over the keys has not come to need no cache yet.
-  void start(Index first, Index count) {
+  /// The same, but `load_until` takes the queries: those that a walk over the keys has not come to need no cache yet.
+  void begin(Index first, Index count) {
     first_ = first;
     count_ = count;
     loaded_ = finished_ = 0;
@@ -66,8 +66,9 @@ class QueryTile {
     }
   }
 
-  /// Attends to the keys of the tile that the band, or whatever else answers as Band does, lets each query see. Keys
-  /// that some vectors of a panel alone can see do not meet the others.
+  /// The queries that are loaded and not finished attend to the keys of the tile that the band, or whatever else
+  /// answers as Band does, lets each of them see. Keys that some vectors of a panel alone can see do not meet the
+  /// others.
   template <class Band>
   NEARFAR_NO_INLINE void visit(KeyTile<T>& keys, const Band& band) {
     keys.complete();

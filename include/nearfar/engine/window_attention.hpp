@@ -74,7 +74,7 @@ void window_attention_in_tiles(Work& work, const Heads& heads, Window window, do
             log_sum_exp == nullptr ? nullptr : log_sum_exp + head * inputs.query.rows() + rows.query_begin + tile.first,
             factors.rows() == 0 ? nullptr : factors.row(head), store);
       };
-      queries.start(tile.first, tile.count);
+      queries.begin(tile.first, tile.count);
       while (seen.count() > 0) {
         seen.first = keys.take(key, value, mask, seen);
         load_until(begun(seen.first));
