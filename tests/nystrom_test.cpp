@@ -244,7 +244,7 @@ TEST(Nystrom, HasTheGradientOfKeysThatComeInManyPieces) {
   auto sample = random_sample<double>(heads, 4500, 18);
   sample.key_mask = Random(19).mask(4500, 0.2);
   std::fill(sample.key_mask.begin() + 2048, sample.key_mask.begin() + 4096, std::uint8_t{0});
-  for (std::uint64_t seed : {20, 21}) {
+  for (const std::uint64_t seed : {20U, 21U}) {
     expect_derivative(nystrom(heads, 3), sample, random_sample<double>(heads, 4500, seed));
   }
 }
@@ -260,7 +260,7 @@ TEST(Nystrom, HasTheGradientAlongSequencesWhoseLandmarksStayEqual) {
     }
     return sample;
   };
-  for (std::uint64_t seed : {23, 24, 25}) expect_derivative(nystrom(heads, 6), twins(22), twins(seed));
+  for (const std::uint64_t seed : {23U, 24U, 25U}) expect_derivative(nystrom(heads, 6), twins(22), twins(seed));
 }
 
 TEST(Nystrom, HasGradientsThatDoNotDependOnThreads) {
