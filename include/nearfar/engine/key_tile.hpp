@@ -83,22 +83,23 @@ class KeyTile {
     return row;
   }
 
-  /// Fills up the last group with keys whose scores are -infinity, and looks whether all values are finite.
+  /// Fills up the last group with keys whose scores are -infinity.
   void complete() {
     const Index missing = round_up(count_, group_rows) - count_;
     std::fill_n(key_ + count_ * key_stride(), missing * key_stride(), T(0));
     std::fill_n(value_ + count_ * value_stride(), missing * value_stride(), T(0));
     std::fill_n(bias_ + count_, missing, -infinity<T>);
     std::fill_n(position_ + count_, missing, Index(0));
-    Packet<T> zeros = pset1<Packet<T>>(T(0));
-    for (Index c = 0; c < (count_ + missing) * value_stride(); c += lanes<T>) {
-      zeros = por(zeros, zero_if_finite(ploadu<Packet<T>>(value_ + c)));
-    }
-    values_are_finite_ = all_finite(zeros);
   }
 
-  /// Whether they are: else a weight of zero times a value may not be zero.
-  bool values_are_finite() const { return values_are_finite_; }
+  /// Whether the values of a complete tile are finite: else a weight of zero times a value may not be zero.
+  NEARFAR_NO_INLINE bool values_are_finite() const {
+    Packet<T> zeros = pset1<Packet<T>>(T(0));
+    for (Index c = 0; c < round_up(count_, group_rows) * value_stride(); c += lanes<T>) {
+      zeros = por(zeros, zero_if_finite(ploadu<Packet<T>>(value_ + c)));
+    }
+    return all_finite(zeros);
+  }
 
   /// The keys that stand in a range of positions, as a range of places in this tile.
   NEARFAR_NO_INLINE Range within(Range positions) const {
@@ -139,7 +140,6 @@ class KeyTile {
   T* bias_;
   Index* position_;
   Index count_ = 0;
-  bool values_are_finite_ = true;
 };
 
 }  // namespace detail

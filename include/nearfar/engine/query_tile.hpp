@@ -72,6 +72,7 @@ class QueryTile {
   template <class Band>
   NEARFAR_NO_INLINE void visit(KeyTile<T>& keys, const Band& band) {
     keys.complete();
+    const bool finite = keys.values_are_finite();
     for (Index p = finished_; p < loaded_; ++p) {
       Packet<T> max[panel_vectors];
       std::fill_n(max, panel_vectors, pset1<Packet<T>>(-infinity<T>));
@@ -81,7 +82,7 @@ class QueryTile {
                width, [&](const Packet<T>& masked) { max[v] = pmax(max[v], masked); });
         }
       };
-      meet(p, keys, PanelKeys(keys, band, first_ + p * width, in_panel(p)), max, hide_edges);
+      meet(p, keys, PanelKeys(keys, band, first_ + p * width, in_panel(p)), finite, max, hide_edges);
     }
   }
 
@@ -157,8 +158,8 @@ class QueryTile {
   T* query(Index p) const { return query_ + p * width * dim_; }
 
   // Attends to the keys that a panel meets; hide(vector, vectors, keys, all) hides those that not all of its queries
-  // see. `max`, of each vector, begins at -infinity.
-  void meet(Index p, const KeyTile<T>& keys, const PanelKeys& seen, Packet<T>* max,
+  // see. `finite` says whether the values are; `max`, of each vector, begins at -infinity.
+  void meet(Index p, const KeyTile<T>& keys, const PanelKeys& seen, bool finite, Packet<T>* max,
             FunctionRef<void(int, int, Range, Range)> hide) {
     int stretches = 0;
     seen.for_each_stretch([&](auto vectors, int vector, Range range, Range all) {
@@ -176,7 +177,6 @@ class QueryTile {
     }
     // What a visit adds to a value is one sum in the order of the keys, into however many stretches these fall: else
     // keys that a query does not see would change its last bit.
-    const bool finite = keys.values_are_finite();
     T* const sums = stretches > 1 || !finite ? sums_ : nullptr;
     if (sums != nullptr) std::fill_n(sums, value_rows() * width, T(0));
     seen.for_each_stretch([&](auto vectors, int vector, Range range, Range) {

@@ -53,7 +53,6 @@ void window_attention_in_tiles(Work& work, const Heads& heads, Window window, do
       return end < last ? std::clamp<Index>(band.seeing(end).first - tile.first, 0, tile.count) : tile.count;
     };
 
-    const bool past = past_caches(out, value_dim);
     Lookahead later;
     if (head + 1 < heads.query) {
       // The next task is likely this tile's next head.
@@ -84,7 +83,7 @@ void window_attention_in_tiles(Work& work, const Heads& heads, Window window, do
         ahead.add(key.row(seen.first), key.stride(), next_keys(), dim);
         ahead.add(value.row(seen.first), value.stride(), next_keys(), value_dim);
         ahead.add(query.row(joining.first), query.stride(), joining.count(), dim);
-        if (!past) ahead.add(result.row(leaving.first), result.stride(), leaving.count(), value_dim);
+        if (!store.past) ahead.add(result.row(leaving.first), result.stride(), leaving.count(), value_dim);
         queries.visit(keys, band);
         keys.clear();
         finish_until(leaving.end);
