@@ -5,26 +5,35 @@
 #include "support/sample.hpp"
 
 #include <array>
+#include <cstdint>
 
-// Rows of 16 MiB and more are stored past the caches, if they are aligned to vectors.
+// Rows of 16 MiB and more are stored past the caches, if they are aligned to cache lines.
 
 namespace nearfar::test {
 namespace {
 
 const Heads heads{8, 8, 64};
 
-/// What attention gives forward and backward, in matrices that begin `margin` numbers before the rows themselves.
+/// The numbers from `data` on to the next cache line.
+Index to_next_line(const float* data) {
+  constexpr std::uintptr_t line = detail::cache_line;
+  return static_cast<Index>((line - reinterpret_cast<std::uintptr_t>(data) % line) % line / sizeof(float));
+}
+
+/// What attention gives forward and backward, in rows that begin `margin` numbers after a cache line.
 template <class A>
 std::array<Matrix<float>, 4> train(const A& attention, const Sample<float>& sample, Index margin) {
   const Index n = sample.query.rows(), cols = sample.query.cols();
   std::array<Matrix<float>, 4> results;
-  for (Matrix<float>& result : results) result.setZero(n, cols + margin);
-  const auto rows = [&](std::size_t i) { return Tokens<float>(results[i]).middle_cols(margin, cols); };
+  for (Matrix<float>& result : results) result.setZero(n, cols + 2 * detail::cache_line / Index{sizeof(float)});
+  const auto rows = [&](std::size_t i) {
+    return Tokens<float>(results[i]).middle_cols(to_next_line(results[i].data()) + margin, cols);
+  };
   typename A::Saved saved;
   auto gradients = attention.parameters();
   attention.forward(sample.inputs(), rows(0), saved);
   attention.backward(sample.inputs(), rows(0), saved, sample.query, {rows(1), rows(2), rows(3)}, gradients);
-  for (Matrix<float>& result : results) result = result.rightCols(cols).eval();
+  for (std::size_t i = 0; i < results.size(); ++i) results[i] = rows(i).matrix().eval();
   return results;
 }
 
@@ -35,6 +44,25 @@ void expect_large_matrices_stored_as_small_ones(const A& attention) {
   const auto aligned = train(attention, sample, 0);
   const auto unaligned = train(attention, sample, 1);
   for (std::size_t i = 0; i < aligned.size(); ++i) EXPECT_TRUE(same_bits(aligned[i], unaligned[i])) << i;
+}
+
+TEST(Stores, PastTheCachesGoWholeLinesOfLargeMatrices) {
+  constexpr Index line = detail::cache_line / Index{sizeof(float)};
+  constexpr Index vector = detail::lanes<float>;
+  Matrix<float> memory(9000, heads.query_cols() + 2 * line);
+  const auto rows = [&](Index count, Index margin) {
+    return Tokens<float>(memory).middle_rows(0, count).middle_cols(to_next_line(memory.data()) + margin,
+                                                                   heads.query_cols());
+  };
+  EXPECT_TRUE(detail::past_caches(rows(9000, 0), 64));
+  EXPECT_TRUE(detail::rows_past_caches(rows(9000, vector), 64));
+  EXPECT_EQ(detail::columns_past_caches(rows(9000, 0), 64), vector == line);
+  for (const auto past : {detail::past_caches<float>, detail::rows_past_caches<float>}) {
+    EXPECT_FALSE(past(rows(8000, 0), 64));
+    EXPECT_FALSE(past(rows(9000, 1), 64));
+    EXPECT_FALSE(past(rows(9000, 0), 65));
+  }
+  EXPECT_EQ(detail::past_caches(rows(9000, vector), 64), vector == line);
 }
 
 TEST(Stores, LinearStoresLargeMatricesAsSmallOnes) {

@@ -60,13 +60,34 @@ bool larger_than_caches(const Tokens<T>& rows) {
   return rows.rows() * rows.cols() * Index{sizeof(T)} >= cache_bytes;
 }
 
-/// Whether rows of heads of `dim` are best stored past the caches: they would flush them, and each head is whole
-/// vectors, which such stores must be aligned to.
+/// Whether rows, their stride and `width` numbers of them are whole multiples of so many bytes.
+template <class T>
+bool aligned(const Tokens<T>& rows, Index width, Index bytes) {
+  const auto whole = [bytes](Index count) { return count * Index{sizeof(T)} % bytes == 0; };
+  return reinterpret_cast<std::uintptr_t>(rows.data()) % static_cast<std::uintptr_t>(bytes) == 0 &&
+         whole(rows.stride()) && whole(width);
+}
+
+/// What memory moves at a time. To write a part of it past the caches costs more than to read the rest.
+inline constexpr Index cache_line = 64;
+
+/// Whether rows of heads of `dim` are best stored past the caches: they would flush them, and each head, written by
+/// itself, is whole cache lines.
 template <class T>
 bool past_caches(const Tokens<T>& rows, Index dim) {
-  constexpr auto vector = Index{sizeof(Packet<T>)};
-  return larger_than_caches(rows) && reinterpret_cast<std::uintptr_t>(rows.data()) % vector == 0 &&
-         rows.stride() * Index{sizeof(T)} % vector == 0 && dim * Index{sizeof(T)} % vector == 0;
+  return larger_than_caches(rows) && aligned(rows, dim, cache_line);
+}
+
+/// The same where heads are written side by side, so that only vectors must be aligned.
+template <class T>
+bool rows_past_caches(const Tokens<T>& rows, Index dim) {
+  return larger_than_caches(rows) && aligned(rows, dim, Index{sizeof(Packet<T>)});
+}
+
+/// The same where one vector of many rows is written before the next: it must be a cache line.
+template <class T>
+bool columns_past_caches(const Tokens<T>& rows, Index dim) {
+  return Index{sizeof(Packet<T>)} == cache_line && past_caches(rows, dim);
 }
 
 /// Either of them, chosen at run time: the branch costs less than compiling what stores twice.
@@ -79,10 +100,9 @@ struct KeepOrPastCaches {
   }
 };
 
-/// Calls visit(store) with what stores rows of heads of `dim`.
-template <class T, class Visit>
-void with_store(const Tokens<T>& rows, Index dim, Visit&& visit) {
-  const bool past = past_caches(rows, dim);
+/// Calls visit(store) with what stores past the caches or not.
+template <class Visit>
+void with_store(bool past, Visit&& visit) {
   visit(KeepOrPastCaches{past});
   if (past) order_stores();
 }

@@ -168,7 +168,7 @@ void write_rows(const AdditiveCall<T>& call, const AdditiveOut<T>& out, Index fi
                    store);
     }
   };
-  out.transform ? blend(KeepOrPastCaches{}) : with_store(out.rows, call.heads.dim, blend);
+  out.transform ? blend(KeepOrPastCaches{}) : with_store(rows_past_caches(out.rows, call.heads.dim), blend);
   if (!out.transform) return;
   for (Index i = 0; i < count; ++i) {
     T* const row = rows.row(i);

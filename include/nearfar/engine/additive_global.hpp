@@ -104,7 +104,7 @@ void additive_global(const AdditiveCall<T>& call, const AdditiveOut<T>& out) {
     for (Index c = 0; c < width; ++c) global_key[c] = queries.mean(b)[c] * keys.mean(b)[c];
     const bool seen = keys[b].sum[0] != T(0);
     // Beside stores past the caches the memory's own prefetching does better.
-    const Ahead ahead = past_caches(out.rows, call.heads.dim) ? Ahead{} : Ahead{2, 2};
+    const Ahead ahead = rows_past_caches(out.rows, call.heads.dim) ? Ahead{} : Ahead{2, 2};
     for (Index first = stretch.first; first < stretch.end(); first += transform_rows) {
       write_rows<T>(call, out, first, std::min(transform_rows, stretch.end() - first), ahead, scratch,
                     [&](Index) { return seen ? global_key : nullptr; });
@@ -134,7 +134,7 @@ void pool_sequences_backward(const AdditiveCall<T>& call, const PoolingShape& sh
     // The means stand head by head, as one row of as many heads of their own.
     dot_heads(PoolingShape{shape.heads, shape.dim}, means.row(stretch.sequence).data(), grad_mean, center);
     std::fill_n(parts + s * size, size, T(0));
-    with_store(grad_rows, shape.dim, [&](auto store) {
+    with_store(past_caches(grad_rows, shape.dim), [&](auto store) {
       for_each_run(
           stretch.first, stretch.end(), [&](Index token) { return call.sees(token); },
           [&](Index first, Index count) {
@@ -210,7 +210,7 @@ void additive_global_backward(const AdditiveCall<T>& call, const AdditiveGradien
     const T* const global_key = global_keys + stretches[s].sequence * width;
     T* const grad_global_key = parts + s * width;
     std::fill_n(grad_global_key, width, T(0));
-    with_store(grad.inputs.value, call.heads.dim, [&](auto store) {
+    with_store(rows_past_caches(grad.inputs.value, call.heads.dim), [&](auto store) {
       for (Index token = stretches[s].first; token < stretches[s].end(); ++token) {
         T* const grad_value = grad.inputs.value.row(token);
         if (reads_value(call, grad, token)) {

@@ -106,7 +106,7 @@ class PrefixBackward {
 
   /// Writes the gradients of values and finds those of p. `after` is what all rows behind leave for the keys.
   void keys(const SuffixSums<T>& after, T* grad_weights) {
-    with_store(grad_.inputs.value, shape_.dim, [&](auto store) { of_keys_.go_back(shape_, after, store); });
+    with_store(past_caches(grad_.inputs.value, shape_.dim), [&](auto store) { of_keys_.go_back(shape_, after, store); });
     scores_backward(0, call_.w_k, mean_.p, grad_weights, {}, grad_rows_, Keep{});
   }
 
@@ -115,8 +115,8 @@ class PrefixBackward {
 
   /// Writes the gradients of keys and queries. `after` is what all rows behind leave for the queries.
   void queries(const SuffixSums<T>& after, T* grad_weights) {
-    with_store(grad_.inputs.key, shape_.dim, [&](auto store) { of_queries_.go_back(shape_, after, store); });
-    with_store(grad_.inputs.query, shape_.dim, [&](auto store) {
+    with_store(past_caches(grad_.inputs.key, shape_.dim), [&](auto store) { of_queries_.go_back(shape_, after, store); });
+    with_store(past_caches(grad_.inputs.query, shape_.dim), [&](auto store) {
       for_each_run(
           0, stretch_.count, [&](Index i) { return visible_.at[i]; },
           [&](Index i, Index count) {

@@ -57,7 +57,7 @@ class NarrowWindow {
       const Desk desk{scratch.take<T>(room), scratch.take<T>(queries_at_once * key_width_),
                       scratch.take<T>(queries_at_once * value_width_), scratch.take<T>(heads_.query * value_width_)};
       fill_factors(desk.factors);
-      with_store(out, heads_.value_width(), [&](auto store) {
+      with_store(past_caches(out, heads_.value_width()), [&](auto store) {
         for (Index h = 0; h < heads_.query; ++h) {
           for (Index i = 0; i < tile.count; i += queries_at_once) {
             const Queries queries{rows.query_begin + tile.first + i, std::min(queries_at_once, tile.count - i)};

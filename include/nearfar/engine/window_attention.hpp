@@ -63,7 +63,7 @@ void window_attention_in_tiles(Work& work, const Heads& heads, Window window, do
     }
     Lookahead& ahead = queries.lookahead();
     ahead.and_then(&later);
-    with_store(out, value_dim, [&](auto store) {
+    with_store(columns_past_caches(out, value_dim), [&](auto store) {
       const auto load_until = [&](Index end) {
         queries.load_until(end, query.data(), query.stride(), T(scale) * log2_e<T>);
       };
