@@ -48,6 +48,8 @@ class Lookahead {
     NEARFAR_UNROLL for (Index l = 0; l < lines_a_step; ++l) prefetch_far(at_ + l * line);
     at_ += lines_a_step * line;
     if (at_ >= end_) {
+      // Rows that begin within a line end within another.
+      prefetch_far(end_ - 1);
       at_ = row_ += stride_;
       end_ += stride_;
       if (--rows_ == 0 && current_ + 1 < regions_) open(current_ + 1);
