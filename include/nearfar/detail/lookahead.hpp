@@ -45,8 +45,8 @@ class Lookahead {
 
  private:
   NEARFAR_INLINE void fetch() {
-    NEARFAR_UNROLL for (Index l = 0; l < lines_a_step; ++l) prefetch_far(at_ + l * line);
-    at_ += lines_a_step * line;
+    NEARFAR_UNROLL for (Index l = 0; l < lines_a_step; ++l) prefetch_far(at_ + l * cache_line);
+    at_ += lines_a_step * cache_line;
     if (at_ >= end_) {
       // Rows that begin within a line end within another.
       prefetch_far(end_ - 1);
@@ -56,7 +56,6 @@ class Lookahead {
     }
   }
 
-  static constexpr Index line = 64;
   static constexpr Index lines_a_step = 4;
   struct Region {
     const char* data;
@@ -70,7 +69,7 @@ class Lookahead {
     Index count = 0;
     for (int r = 0; r < regions_; ++r) {
       const Region& region = region_[static_cast<std::size_t>(r)];
-      count += region.rows * ((region.bytes - 1) / (lines_a_step * line) + 1);
+      count += region.rows * ((region.bytes - 1) / (lines_a_step * cache_line) + 1);
     }
     return count;
   }

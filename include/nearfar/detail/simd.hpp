@@ -70,6 +70,9 @@ inline constexpr int vector_registers = EIGEN_ARCH_DEFAULT_NUMBER_OF_REGISTERS;
 /// The smallest multiple of `step` that is not below `count`.
 constexpr Index round_up(Index count, Index step) { return (count + step - 1) / step * step; }
 
+/// The bytes that memory moves at a time.
+inline constexpr Index cache_line = 64;
+
 /// Asks for a cache line that will be read in a while, in the second-level cache: the first has few lines to wait with.
 NEARFAR_INLINE void prefetch_far(const void* address) {
 #if defined(__GNUC__)
@@ -77,6 +80,14 @@ NEARFAR_INLINE void prefetch_far(const void* address) {
 #else
   (void)address;
 #endif
+}
+
+/// Asks for all lines of a row of `count` numbers.
+template <class T>
+NEARFAR_INLINE void prefetch_row(const T* row, Index count) {
+  for (Index c = 0; c < count; c += cache_line / Index{sizeof(T)}) prefetch_far(row + c);
+  // Rows that begin within a line end within another.
+  prefetch_far(row + count - 1);
 }
 
 /// Loads a vector once, for several uses: left to itself the compiler may read memory again for each of them, and a

@@ -68,11 +68,8 @@ bool aligned(const Tokens<T>& rows, Index width, Index bytes) {
          whole(rows.stride()) && whole(width);
 }
 
-/// What memory moves at a time. To write a part of it past the caches costs more than to read the rest.
-inline constexpr Index cache_line = 64;
-
 /// Whether rows of heads of `dim` are best stored past the caches: they would flush them, and each head, written by
-/// itself, is whole cache lines.
+/// itself, is whole cache lines. To write a part of one past the caches costs more than to read the rest.
 template <class T>
 bool past_caches(const Tokens<T>& rows, Index dim) {
   return larger_than_caches(rows) && aligned(rows, dim, cache_line);

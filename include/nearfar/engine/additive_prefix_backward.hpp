@@ -22,7 +22,7 @@ struct PrefixMeans {
     // Asked for as they lie, rows come at the speed of memory; the walks a head at a time would wait for each.
     for (const Tokens<const T>& rows : {call.inputs.query, call.inputs.key, call.inputs.value}) {
       for (Index i = call.stretches[s].first; i < call.stretches[s].end(); ++i) {
-        for (Index c = 0; c < rows.cols(); c += 64 / Index{sizeof(T)}) prefetch_far(rows.row(i) + c);
+        prefetch_row(rows.row(i), rows.cols());
       }
     }
     const Index width = call.width();
@@ -106,7 +106,10 @@ class PrefixBackward {
 
   /// Writes the gradients of values and finds those of p. `after` is what all rows behind leave for the keys.
   void keys(const SuffixSums<T>& after, T* grad_weights) {
-    with_store(past_caches(grad_.inputs.value, shape_.dim), [&](auto store) { of_keys_.go_back(shape_, after, store); });
+    with_store(past_caches(grad_.inputs.value, shape_.dim), [&](auto store) {
+      if (!store.past) prefetch_stretch(grad_.inputs.value);
+      of_keys_.go_back(shape_, after, store);
+    });
     scores_backward(0, call_.w_k, mean_.p, grad_weights, {}, grad_rows_, Keep{});
   }
 
@@ -115,8 +118,12 @@ class PrefixBackward {
 
   /// Writes the gradients of keys and queries. `after` is what all rows behind leave for the queries.
   void queries(const SuffixSums<T>& after, T* grad_weights) {
-    with_store(past_caches(grad_.inputs.key, shape_.dim), [&](auto store) { of_queries_.go_back(shape_, after, store); });
+    with_store(past_caches(grad_.inputs.key, shape_.dim), [&](auto store) {
+      if (!store.past) prefetch_stretch(grad_.inputs.key);
+      of_queries_.go_back(shape_, after, store);
+    });
     with_store(past_caches(grad_.inputs.query, shape_.dim), [&](auto store) {
+      if (!store.past) prefetch_stretch(grad_.inputs.query);
       for_each_run(
           0, stretch_.count, [&](Index i) { return visible_.at[i]; },
           [&](Index i, Index count) {
@@ -133,6 +140,11 @@ class PrefixBackward {
   }
 
  private:
+  /// As in PrefixMeans, of rows that will be written.
+  void prefetch_stretch(Tokens<T> rows) const {
+    for (Index i = stretch_.first; i < stretch_.end(); ++i) prefetch_row<T>(rows.row(i), rows.cols());
+  }
+
   /// All tokens have a row of out; those that are not visible enter no mean.
   void list_rows_of_keys(Scratch& scratch) {
     T* const zeros = scratch.take<T>(call_.width());
@@ -181,14 +193,14 @@ class PrefixBackward {
                        Tokens<T> grad_x, Store&& store) const {
     score_rows_backward(
         call_.query_shape(), weights, grad_scores_ + first * shape_.padded(), x.rows(), x.data(), x.stride(),
-        grad_weights,
-        [&](auto by, Index i, Index h, Index c) {
+        grad_weights, {},
+        // By value: what a reference reads would be read again after each store, which might have changed it.
+        [from = grad_rows_.row(first), stride = grad_rows_.stride(), start](auto by, Index i, Index c) {
           using P = typename decltype(by)::template Of<T>;
-          const Index at = h * shape_.dim + c;
-          const P sum = ploadu<P>(grad_rows_.row(first + i) + at);
-          return start.data() == nullptr ? sum : P(padd(sum, ploadu<P>(start.row(i) + at)));
+          const P sum = ploadu<P>(from + i * stride + c);
+          return start.data() == nullptr ? sum : P(padd(sum, ploadu<P>(start.row(i) + c)));
         },
-        [&](Index i, Index c, const auto& sum) { store(grad_x.row(i) + c, sum); });
+        [store, grad_x](Index i, Index c, const auto& sum) { store(grad_x.row(i) + c, sum); });
   }
 
   const AdditiveCall<T>& call_;

@@ -12,14 +12,28 @@ namespace detail {
 /// Rows that the backward pass takes at a time: they stay in a cache until all their columns are done.
 inline constexpr Index backward_rows = 32;
 
+/// What reaches rows through the means of their own columns: sum_h weight_ih grad_mean_h. Null weights: nothing does.
+template <class T>
+struct MeanShares {
+  const T* weights = nullptr;  ///< of row i and head h at [i * stride + h]
+  Index stride = 0;
+  const T* grad_means = nullptr;  ///< heads x dim
+
+  MeanShares from_head(Index h, Index dim) const {
+    return weights == nullptr ? *this : MeanShares{weights + h, stride, grad_means + h * dim};
+  }
+};
+
 /// The gradient of scores = x weights^T for `count` rows of x, `stride` numbers apart:
 ///
-///   grad_x_i = base_i + sum_h grad_score_ih w_h            grad_w_h += sum_i grad_score_ih x_i
+///   grad_x_i = start_i + sum_h weight_ih grad_mean_h + sum_h grad_score_ih w_h
+///   grad_w_h += sum_i grad_score_ih x_i
 ///
-/// base(by, i, key_head, c) gives packets of base_i, and store(i, column, packet) takes those of grad_x_i.
-template <class T, class Base, class Store>
+/// start(by, i, column) gives packets of start_i, and store(i, column, packet) takes those of grad_x_i.
+template <class T, class Start, class Store>
 void score_rows_backward(const PoolingShape& shape, const T* weights, const T* grad_scores, Index count, const T* x,
-                         Index stride, T* grad_weights, Base&& base, Store&& store) {
+                         Index stride, T* grad_weights, const MeanShares<T>& mean_shares, Start&& start,
+                         Store&& store) {
   const Index padded = shape.padded();
   const Index cols = shape.cols();
   const Index in_vectors = shape.dim / lanes<T> * lanes<T>;
@@ -28,6 +42,7 @@ void score_rows_backward(const PoolingShape& shape, const T* weights, const T* g
     const Index first = shape.own_columns ? g * shape.group : 0;
     const Index heads = shape.own_columns ? shape.group : shape.heads;
     const T* const grad_score = grad_scores + first;
+    const MeanShares<T> shares = mean_shares.from_head(g * shape.group, shape.dim);
     for_each_panel<T>(in_vectors, [&](auto panel, Index c) {
       constexpr int vectors = decltype(panel)::value;
       const Index at = g * shape.dim + c;
@@ -36,15 +51,29 @@ void score_rows_backward(const PoolingShape& shape, const T* weights, const T* g
           Broadcast<T>{grad_score, 1, padded}, heads, x + at, stride, count,
           [&](Index h, int v) { return ploadu<Packet<T>>(grad_w + h * cols + v * lanes<T>); },
           [&](Index h, int v, const Packet<T>& sum) { pstoreu(grad_w + h * cols + v * lanes<T>, sum); });
-      multiply<vectors>(
-          Broadcast<T>{grad_score, padded, 1}, count, weights + first * cols + at, cols, heads,
-          [&](Index i, int v) { return base(ByVectors{}, i, g, c + v * lanes<T>); },
-          [&](Index i, int v, const Packet<T>& sum) { store(i, at + v * lanes<T>, sum); });
+      for_each_tile<vectors>(count, [&](auto tile, Index i) {
+        constexpr int rows = decltype(tile)::value;
+        Packet<T> sum[rows][vectors];
+        NEARFAR_UNROLL for (int r = 0; r < rows; ++r) {
+          NEARFAR_UNROLL for (int v = 0; v < vectors; ++v) sum[r][v] = start(ByVectors{}, i + r, at + v * lanes<T>);
+        }
+        if (shares.weights != nullptr) {
+          multiply_add(sum, Broadcast<T>{shares.weights, shares.stride, 1}.rows_from(i), shares.grad_means + c,
+                       shape.dim, shape.group);
+        }
+        multiply_add(sum, Broadcast<T>{grad_score, padded, 1}.rows_from(i), weights + first * cols + at, cols, heads);
+        NEARFAR_UNROLL for (int r = 0; r < rows; ++r) {
+          NEARFAR_UNROLL for (int v = 0; v < vectors; ++v) store(i + r, at + v * lanes<T>, sum[r][v]);
+        }
+      });
     });
     for (Index c = in_vectors; c < shape.dim; ++c) {
       const Index at = g * shape.dim + c;
       for (Index i = 0; i < count; ++i) {
-        T sum = base(ByNumbers{}, i, g, c);
+        T sum = start(ByNumbers{}, i, at);
+        for (Index h = 0; h < shape.group && shares.weights != nullptr; ++h) {
+          sum += shares.weights[i * shares.stride + h] * shares.grad_means[h * shape.dim + c];
+        }
         for (Index h = 0; h < heads; ++h) {
           sum += grad_score[i * padded + h] * weights[(first + h) * cols + at];
           grad_weights[(first + h) * cols + at] += grad_score[i * padded + h] * x[i * stride + at];
@@ -84,39 +113,36 @@ void dot_heads(const PoolingShape& shape, const T* x, const T* y, T* products) {
 ///
 /// where start may be empty (zero). Adds to grad_weights. `center` holds mean_h . grad_mean_h; `store` takes vectors to
 /// the rows of grad_x.
-template <class T, class Store>
+template <class T>
 void pool_backward(const PoolingShape& shape, const T* weights, Tokens<const T> x, Index first, Index count,
                    const Matrix<T>& weights_of_rows, const T* center, const T* grad_mean, Tokens<const T> start,
-                   Tokens<T> grad_x, T* grad_weights, Store&& store, Scratch& scratch) {
+                   Tokens<T> grad_x, T* grad_weights, KeepOrPastCaches store, Scratch& scratch) {
   const Scratch::Scope scope(scratch);
   const Index padded = shape.padded();
   T* const grad_scores = scratch.take<T>(backward_rows * padded);
   for (const Index end = first + count; first < end; first += backward_rows) {
     const Index rows = std::min(backward_rows, end - first);
     for (Index i = 0; i < rows; ++i) {
-      const T* const later = later_row(x, first + i);
-      const T* const later_start = start.data() == nullptr ? later : start.row(first + i);
-      for (Index c = 0; c < shape.cols(); c += 64 / Index{sizeof(T)}) {
-        prefetch_far(later + c);
-        prefetch_far(later_start + c);
-      }
+      prefetch_row(later_row(x, first + i), shape.cols());
+      if (start.data() != nullptr) prefetch_row(start.row(first + i), shape.cols());
+      if (!store.past) prefetch_row<T>(grad_x.row(first + i), shape.cols());
       T* const grad_score = grad_scores + i * padded;
       dot_heads(shape, x.row(first + i), grad_mean, grad_score);
       const T* const weight = weights_of_rows.row(first + i).data();
       for (Index h = 0; h < shape.heads; ++h) grad_score[h] = ln_2<T> * weight[h] * (grad_score[h] - center[h]);
     }
+    // By value: what a reference reads would be read again after each store, which might have changed it.
     score_rows_backward(
         shape, weights, grad_scores, rows, x.row(first), x.stride(), grad_weights,
-        [&](auto by, Index i, Index g, Index c) {
+        MeanShares<T>{weights_of_rows.row(first).data(), weights_of_rows.cols(), grad_mean},
+        [from = start.data() == nullptr ? nullptr : start.row(first), stride = start.stride()](auto by, Index i,
+                                                                                               Index c) {
           using P = typename decltype(by)::template Of<T>;
-          P sum = start.data() == nullptr ? pset1<P>(T(0)) : ploadu<P>(start.row(first + i) + g * shape.dim + c);
-          const T* const weight = weights_of_rows.row(first + i).data();
-          for (Index h = g * shape.group; h < (g + 1) * shape.group; ++h) {
-            sum = pmadd(pset1<P>(weight[h]), ploadu<P>(grad_mean + h * shape.dim + c), sum);
-          }
-          return sum;
+          return from == nullptr ? pset1<P>(T(0)) : ploadu<P>(from + i * stride + c);
         },
-        [&](Index i, Index c, const auto& sum) { store(grad_x.row(first + i) + c, sum); });
+        [store, to = grad_x.row(first), stride = grad_x.stride()](Index i, Index c, const auto& sum) {
+          store(to + i * stride + c, sum);
+        });
   }
 }
 
