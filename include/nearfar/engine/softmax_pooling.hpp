@@ -187,7 +187,7 @@ NEARFAR_INLINE void score_block(const RowBlock<T>& block, const T* weights, Inde
     for (const Index end = std::min(c + segment, in_vectors); c < end; c += lanes<T>) {
       Packet<T> x[row_block];
       NEARFAR_UNROLL for (int r = 0; r < row_block; ++r) {
-        x[r] = ploadu<Packet<T>>(rows[r] + c);
+        x[r] = load_once<Packet<T>>(rows[r] + c);
         prefetch_far(block.later[r] + c);
       }
       NEARFAR_UNROLL for (int h = 0; h < Heads; ++h, weights += lanes<T>) {
