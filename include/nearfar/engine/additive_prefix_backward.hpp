@@ -106,10 +106,7 @@ class PrefixBackward {
 
   /// Writes the gradients of values and finds those of p. `after` is what all rows behind leave for the keys.
   void keys(const SuffixSums<T>& after, T* grad_weights) {
-    with_store(past_caches(grad_.inputs.value, shape_.dim), [&](auto store) {
-      if (!store.past) prefetch_stretch(grad_.inputs.value);
-      of_keys_.go_back(shape_, after, store);
-    });
+    write(grad_.inputs.value, [&](auto store) { of_keys_.go_back(shape_, after, store); });
     scores_backward(0, call_.w_k, mean_.p, grad_weights, {}, grad_rows_, Keep{});
   }
 
@@ -118,12 +115,8 @@ class PrefixBackward {
 
   /// Writes the gradients of keys and queries. `after` is what all rows behind leave for the queries.
   void queries(const SuffixSums<T>& after, T* grad_weights) {
-    with_store(past_caches(grad_.inputs.key, shape_.dim), [&](auto store) {
-      if (!store.past) prefetch_stretch(grad_.inputs.key);
-      of_queries_.go_back(shape_, after, store);
-    });
-    with_store(past_caches(grad_.inputs.query, shape_.dim), [&](auto store) {
-      if (!store.past) prefetch_stretch(grad_.inputs.query);
+    write(grad_.inputs.key, [&](auto store) { of_queries_.go_back(shape_, after, store); });
+    write(grad_.inputs.query, [&](auto store) {
       for_each_run(
           0, stretch_.count, [&](Index i) { return visible_.at[i]; },
           [&](Index i, Index count) {
@@ -140,9 +133,13 @@ class PrefixBackward {
   }
 
  private:
-  /// As in PrefixMeans, of rows that will be written.
-  void prefetch_stretch(Tokens<T> rows) const {
-    for (Index i = stretch_.first; i < stretch_.end(); ++i) prefetch_row<T>(rows.row(i), rows.cols());
+  /// Calls visit(store) with what stores the stretch's rows of a gradient, which are asked for in order, as in
+  /// PrefixMeans, unless they go past the caches.
+  template <class Visit>
+  void write(Tokens<T> rows, Visit&& visit) const {
+    const bool past = past_caches(rows, shape_.dim);
+    for (Index i = stretch_.first; i < stretch_.end() && !past; ++i) prefetch_row<T>(rows.row(i), rows.cols());
+    with_store(past, visit);
   }
 
   /// All tokens have a row of out; those that are not visible enter no mean.
