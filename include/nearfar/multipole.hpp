@@ -302,8 +302,9 @@ class Multipole {
       detail::KeyTile<T> keys(scratch, dim, dim);
       const auto visit = [&](const auto& band) { queries.visit(keys, band); };
 
+      const bool past = detail::columns_past_caches(out, dim);
       detail::Lookahead later;
-      if (!detail::columns_past_caches(out, dim)) later.add(result.data(), result.stride(), tile.count, dim);
+      if (!past) later.add(result.data(), result.stride(), tile.count, dim);
       if (head + 1 < heads_.query) {
         // The next task is likely this tile's next head.
         later.add(query.data() + dim, query.stride(), tile.count, dim);
@@ -314,7 +315,7 @@ class Multipole {
       queries.lookahead().and_then(&later);
       walk.near_field(place, key_head, keys, queries.lookahead(), visit);
       if (pooled == nullptr) walk.far_field(place, key_head, keys, visit);
-      detail::with_store(detail::columns_past_caches(out, dim), [&](auto store) {
+      detail::with_store(past, [&](auto store) {
         queries.finish(result.data(), result.stride(),
                        log_sum_exp == nullptr ? nullptr : log_sum_exp + head * stride + tile.first, nullptr, store);
       });
