@@ -31,12 +31,14 @@ inline constexpr int panel_vectors = 3;
 inline constexpr int group_rows = tile_rows<panel_vectors>;
 
 /// Calls visit(std::integral_constant<int, count>, first) for consecutive groups of `count` rows that cover `rows`:
-/// full register tiles, as long as they do not leave one to three rows, then fours, and what is left one by one.
+/// full register tiles, but for a last one in whose place fours leave fewer rows over; fours; and what is left one by
+/// one.
 template <int Vectors, class Visit>
 NEARFAR_INLINE void for_each_tile(Index rows, Visit&& visit) {
   constexpr int full = tile_rows<Vectors>;
+  const auto takes_full = [](Index left) { return left >= full && (left - full >= 4 || left % 4 >= left - full); };
   Index r = 0;
-  for (; r + full == rows || r + full + 4 <= rows; r += full) visit(std::integral_constant<int, full>{}, r);
+  for (; takes_full(rows - r); r += full) visit(std::integral_constant<int, full>{}, r);
   for (; r + 4 <= rows; r += 4) visit(std::integral_constant<int, 4>{}, r);
   for (; r < rows; ++r) visit(std::integral_constant<int, 1>{}, r);
 }
