@@ -69,23 +69,23 @@ NEARFAR_INLINE void blend_row(const Heads& heads, const T* global_key, const T* 
   // One loop for each case: the inner loop has no time for questions.
   const auto for_each = [&](auto&& blend) {
     for (Index s = 0; s < slices; ++s) {
-      for_each_packet<T>(length, [&, column = s * length, shared = s / group * length](auto by, Index c) {
+      for_each_packet<T>(length, [=, column = s * length, shared = s / group * length](auto by, Index c) {
         using P = typename decltype(by)::template Of<T>;
         store(u + column + c, blend(pset1<P>(T(0)), column + c, shared + c));
       });
     }
   };
   if (global_key == nullptr && query == nullptr) {
-    for_each([&](const auto& zero, Index, Index) { return zero; });
+    for_each([](const auto& zero, Index, Index) { return zero; });
   } else if (global_key == nullptr) {
-    for_each([&]<class P>(const P&, Index c, Index) { return ploadu<P>(query + c); });
+    for_each([=]<class P>(const P&, Index c, Index) { return ploadu<P>(query + c); });
   } else if (query == nullptr) {
-    for_each([&]<class P>(const P&, Index c, Index shared) {
+    for_each([=]<class P>(const P&, Index c, Index shared) {
       prefetch_far(value + value_ahead + shared);
       return pmul(ploadu<P>(global_key + c), ploadu<P>(value + shared));
     });
   } else {
-    for_each([&]<class P>(const P&, Index c, Index shared) {
+    for_each([=]<class P>(const P&, Index c, Index shared) {
       prefetch_far(value + value_ahead + shared);
       prefetch_far(query + query_ahead + c);
       return pmadd(ploadu<P>(global_key + c), ploadu<P>(value + shared), ploadu<P>(query + c));

@@ -170,14 +170,15 @@ const T* later_row(const Tokens<const T>& rows, Index i) {
   return rows.row(std::min(i + prefetch_rows, rows.rows() - 1));
 }
 
-/// scores(r, h) = weights(h) . rows[r] over `cols` columns, for `Heads` heads at once. Meanwhile asks for the later
-/// rows and does what along(c) gives, for every `segment` of columns, with each vector of them.
+/// scores(r, h) = weights(h) . x[r] over `cols` columns, those of x from `column` on, for `Heads` heads at once.
+/// Meanwhile does what along(c) gives, for every `segment` of columns, with each vector of them.
 template <int Heads, class T, class Along>
-NEARFAR_INLINE void score_block(const RowBlock<T>& block, const T* weights, Index cols, T* scores, Index padded,
-                                Index segment, Along&& along) {
-  const auto& rows = block.rows;
+NEARFAR_INLINE void score_block(const T* const (&x)[row_block], Index column, const T* weights, Index cols, T* scores,
+                                Index padded, Index segment, Along&& along) {
   Packet<T> sum[row_block][Heads];
+  const T* row[row_block];
   NEARFAR_UNROLL for (int r = 0; r < row_block; ++r) {
+    row[r] = x[r] + column;
     NEARFAR_UNROLL for (int h = 0; h < Heads; ++h) sum[r][h] = pset1<Packet<T>>(T(0));
   }
   const Index in_vectors = cols / lanes<T> * lanes<T>;
@@ -185,14 +186,11 @@ NEARFAR_INLINE void score_block(const RowBlock<T>& block, const T* weights, Inde
   while (c < in_vectors) {
     const auto besides = along(c);
     for (const Index end = std::min(c + segment, in_vectors); c < end; c += lanes<T>) {
-      Packet<T> x[row_block];
-      NEARFAR_UNROLL for (int r = 0; r < row_block; ++r) {
-        x[r] = load_once<Packet<T>>(rows[r] + c);
-        prefetch_far(block.later[r] + c);
-      }
+      Packet<T> packet[row_block];
+      NEARFAR_UNROLL for (int r = 0; r < row_block; ++r) packet[r] = load_once<Packet<T>>(row[r] + c);
       NEARFAR_UNROLL for (int h = 0; h < Heads; ++h, weights += lanes<T>) {
         const Packet<T> w = load_once<Packet<T>>(weights);
-        NEARFAR_UNROLL for (int r = 0; r < row_block; ++r) sum[r][h] = pmadd(x[r], w, sum[r][h]);
+        NEARFAR_UNROLL for (int r = 0; r < row_block; ++r) sum[r][h] = pmadd(packet[r], w, sum[r][h]);
       }
       besides(c);
     }
@@ -200,7 +198,7 @@ NEARFAR_INLINE void score_block(const RowBlock<T>& block, const T* weights, Inde
   NEARFAR_UNROLL for (int r = 0; r < row_block; ++r) sum_vectors(sum[r], scores + r * padded);
   for (; c < cols; ++c, weights += Heads) {
     for (int r = 0; r < row_block; ++r) {
-      for (int h = 0; h < Heads; ++h) scores[r * padded + h] += rows[r][c] * weights[h];
+      for (int h = 0; h < Heads; ++h) scores[r * padded + h] += row[r][c] * weights[h];
     }
   }
 }
@@ -251,17 +249,21 @@ NEARFAR_INLINE void score_rows(const PoolingShape& shape, const T* weights, cons
   const bool side_by_side = shape.group == 1 && shape.dim % lanes<T> == 0;
   for_each_head_block(shape, [&](auto together, Index h, Index column, Index cols) {
     constexpr int heads = decltype(together)::value;
-    RowBlock<T> seen = block;
-    for (const T*& row : seen.rows) row += column;
-    for (const T*& row : seen.later) row += column;
     const auto score = [&](Index segment, auto&& along) {
-      score_block<heads>(seen, weights + h * shape.cols() + column, cols, scores + h, shape.padded(), segment, along);
+      score_block<heads>(block.rows, column, weights + h * shape.cols() + column, cols, scores + h, shape.padded(),
+                         segment, along);
+    };
+    // Memory is asked once for each column of the later rows.
+    const auto fetch = [&](Index first, Index count) {
+      for (const T* later : block.later) prefetch_row(later + column + first, count);
     };
     if (side_by_side && (h == 0 || shape.own_columns)) {
       score(shape.dim, [&, head = h](Index first) mutable {
+        fetch(first, shape.dim);
         return [sum = sums.head(shape, head++), first](Index c) { sum(ByVectors{}, c - first); };
       });
     } else {
+      if (h == 0 || shape.own_columns) fetch(0, cols);
       score(cols, [](Index) { return [](Index) {}; });
     }
   });
