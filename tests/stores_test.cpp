@@ -1,3 +1,4 @@
+#include <nearfar/additive.hpp>
 #include <nearfar/banded.hpp>
 #include <nearfar/linear.hpp>
 
@@ -6,6 +7,7 @@
 
 #include <array>
 #include <cstdint>
+#include <vector>
 
 // Rows of 16 MiB and more are stored past the caches, if they are aligned to cache lines.
 
@@ -20,7 +22,8 @@ Index to_next_line(const float* data) {
   return static_cast<Index>((line - reinterpret_cast<std::uintptr_t>(data) % line) % line / sizeof(float));
 }
 
-/// What attention gives forward and backward, in rows that begin `margin` numbers after a cache line.
+/// What attention gives forward and backward where every seventh key is masked, in rows that begin `margin` numbers
+/// after a cache line.
 template <class A>
 std::array<Matrix<float>, 4> train(const A& attention, const Sample<float>& sample, Index margin) {
   const Index n = sample.query.rows(), cols = sample.query.cols();
@@ -29,10 +32,14 @@ std::array<Matrix<float>, 4> train(const A& attention, const Sample<float>& samp
   const auto rows = [&](std::size_t i) {
     return Tokens<float>(results[i]).middle_cols(to_next_line(results[i].data()) + margin, cols);
   };
+  std::vector<std::uint8_t> mask(static_cast<std::size_t>(n), 1);
+  for (std::size_t i = 3; i < mask.size(); i += 7) mask[i] = 0;
+  Inputs<float> inputs = sample.inputs();
+  inputs.key_mask = mask;
   typename A::Saved saved;
   auto gradients = attention.parameters();
-  attention.forward(sample.inputs(), rows(0), saved);
-  attention.backward(sample.inputs(), rows(0), saved, sample.query, {rows(1), rows(2), rows(3)}, gradients);
+  attention.forward(inputs, rows(0), saved);
+  attention.backward(inputs, rows(0), saved, sample.query, {rows(1), rows(2), rows(3)}, gradients);
   for (std::size_t i = 0; i < results.size(); ++i) results[i] = rows(i).matrix().eval();
   return results;
 }
@@ -73,6 +80,15 @@ TEST(Stores, LinearStoresLargeMatricesAsSmallOnes) {
 
 TEST(Stores, BandedStoresLargeMatricesAsSmallOnes) {
   expect_large_matrices_stored_as_small_ones(Banded<float>(heads, {.window = {3, 2}}));
+}
+
+TEST(Stores, AdditiveStoresLargeMatricesAsSmallOnes) {
+  for (const bool causal : {false, true}) {
+    Additive<float> additive(heads, {.causal = causal, .transform = false});
+    additive.parameters().w_q.setRandom();
+    additive.parameters().w_k.setRandom();
+    expect_large_matrices_stored_as_small_ones(additive);
+  }
 }
 
 }  // namespace

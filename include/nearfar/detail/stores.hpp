@@ -104,6 +104,36 @@ void with_store(bool past, Visit&& visit) {
   if (past) order_stores();
 }
 
+/// Rows of a matrix, heads of `dim` side by side, that are written column by column. Where the matrix is larger than
+/// the caches, they are put together in `room` first, for count * cols numbers: memory takes lines that lie far apart
+/// slowly.
+template <class T>
+struct WholeRows {
+  bool past;
+  Tokens<T> to;
+  Tokens<T> rows;  ///< to be written, then finished
+
+  WholeRows(const Tokens<T>& matrix, Index first, Index count, Index dim, T* room)
+      : past(rows_past_caches(matrix, dim)),
+        to(matrix.middle_rows(first, count)),
+        rows(past ? Tokens<T>(room, count, matrix.cols(), matrix.cols()) : to) {}
+
+  /// Asks for what is written in place.
+  void prefetch(Index i) const {
+    if (!past) prefetch_row<T>(rows.row(i), rows.cols());
+  }
+
+  void finish() const {
+    if (!past) return;
+    for (Index i = 0; i < rows.rows(); ++i) {
+      for_each_packet<T>(rows.cols(), [from = rows.row(i), to_row = to.row(i)](auto by, Index c) {
+        PastCaches{}(to_row + c, ploadu<typename decltype(by)::template Of<T>>(from + c));
+      });
+    }
+    order_stores();
+  }
+};
+
 }  // namespace detail
 }  // namespace NEARFAR_VERSION_NAMESPACE
 }  // namespace nearfar

@@ -134,21 +134,19 @@ void pool_sequences_backward(const AdditiveCall<T>& call, const PoolingShape& sh
     // The means stand head by head, as one row of as many heads of their own.
     dot_heads(PoolingShape{shape.heads, shape.dim}, means.row(stretch.sequence).data(), grad_mean, center);
     std::fill_n(parts + s * size, size, T(0));
-    with_store(past_caches(grad_rows, shape.dim), [&](auto store) {
-      for_each_run(
-          stretch.first, stretch.end(), [&](Index token) { return call.sees(token); },
-          [&](Index first, Index count) {
-            pool_backward(shape, weights, rows, first, count, token_weights, center, grad_mean, start, grad_rows,
-                          parts + s * size, store, scratch);
-          },
-          [&](Index token) {
-            if (start.data() == nullptr) {
-              std::fill_n(grad_rows.row(token), shape.cols(), T(0));
-            } else {
-              std::copy_n(start.row(token), shape.cols(), grad_rows.row(token));
-            }
-          });
-    });
+    for_each_run(
+        stretch.first, stretch.end(), [&](Index token) { return call.sees(token); },
+        [&](Index first, Index count) {
+          pool_backward(shape, weights, rows, first, count, token_weights, center, grad_mean, start, grad_rows,
+                        parts + s * size, scratch);
+        },
+        [&](Index token) {
+          if (start.data() == nullptr) {
+            std::fill_n(grad_rows.row(token), shape.cols(), T(0));
+          } else {
+            std::copy_n(start.row(token), shape.cols(), grad_rows.row(token));
+          }
+        });
   });
 }
 

@@ -35,18 +35,41 @@ struct PrefixMeans {
     query = start(saved.query_means);
     p = take(visible.count);
     key = start(saved.key_means);
-    const auto weight_in = [&](const Matrix<T>& weights) {
-      return [&](Index r) { return weights.row(visible.token[r]).data(); };
-    };
-    prefix_means<T>(
-        call.key_shape(), visible.count, weight_in(saved.query_weights),
-        [&](Index r) { return call.inputs.query.row(visible.token[r]); }, query,
-        [&]<class P>(Index r, Index own, Index shared, const P& mean) {
-          pstoreu(p.row(r) + own, pmul(mean, ploadu<P>(call.inputs.key.row(visible.token[r]) + shared)));
-        });
-    prefix_means<T>(
-        call.key_shape(), visible.count, weight_in(saved.key_weights), [&](Index r) { return p.row(r); }, key,
-        [](Index, Index, Index, const auto&) {});
+    const PoolingShape shape = call.key_shape();
+    for (Index h = 0; h < shape.heads; ++h) {
+      for_each_column_block<T>(shape.dim, [&](auto by, auto block, Index first) {
+        using P = typename decltype(by)::template Of<T>;
+        constexpr int packets = decltype(block)::value;
+        constexpr Index lanes_of = Index{sizeof(P) / sizeof(T)};
+        const Index own = h * shape.dim + first;
+        const Index shared = shape.column(h) + first;
+        // A few columns of both means stay in registers from token to token.
+        P gq[packets], gk[packets];
+        NEARFAR_UNROLL for (int i = 0; i < packets; ++i) {
+          gq[i] = ploadu<P>(query.row(0) + own + i * lanes_of);
+          gk[i] = ploadu<P>(key.row(0) + own + i * lanes_of);
+        }
+        for (Index r = 0; r < visible.count; ++r) {
+          const Index token = visible.token[r];
+          const P alpha = pset1<P>(saved.query_weights(token, h));
+          const P beta = pset1<P>(saved.key_weights(token, h));
+          // Taken here: what stands in memory would be read again after each store, which might have changed it.
+          const T* const q = call.inputs.query.row(token) + own;
+          const T* const k = call.inputs.key.row(token) + shared;
+          T* const to_query = query.row(r + 1) + own;
+          T* const to_p = p.row(r) + own;
+          T* const to_key = key.row(r + 1) + own;
+          NEARFAR_UNROLL for (int i = 0; i < packets; ++i) {
+            gq[i] = pmadd(alpha, psub(ploadu<P>(q + i * lanes_of), gq[i]), gq[i]);
+            const P product = pmul(gq[i], ploadu<P>(k + i * lanes_of));
+            gk[i] = pmadd(beta, psub(product, gk[i]), gk[i]);
+            pstoreu(to_query + i * lanes_of, gq[i]);
+            pstoreu(to_p + i * lanes_of, product);
+            pstoreu(to_key + i * lanes_of, gk[i]);
+          }
+        }
+      });
+    }
   }
 };
 
@@ -95,6 +118,10 @@ class PrefixBackward {
         stretch_(call.stretches[s]),
         visible_(call, stretch_),
         mean_(call, grad.saved, s, visible_, scratch),
+        room_(scratch.take<T>(stretch_.count * call.width())),
+        grad_values_(whole_rows(grad.inputs.value)),
+        grad_keys_(whole_rows(grad.inputs.key)),
+        grad_queries_(whole_rows(grad.inputs.query)),
         grad_rows_(scratch.take<T>(visible_.count * call.width()), visible_.count, call.width(), call.width()),
         grad_scores_(scratch.take<T>(prefix_stretch * shape_.padded())) {
     list_rows_of_keys(scratch);
@@ -106,8 +133,10 @@ class PrefixBackward {
 
   /// Writes the gradients of values and finds those of p. `after` is what all rows behind leave for the keys.
   void keys(const SuffixSums<T>& after, T* grad_weights) {
-    write(grad_.inputs.value, [&](auto store) { of_keys_.go_back(shape_, after, store); });
-    scores_backward(0, call_.w_k, mean_.p, grad_weights, {}, grad_rows_, Keep{});
+    prefetch(grad_values_);
+    of_keys_.go_back(shape_, after);
+    grad_values_.finish();
+    scores_backward(0, call_.w_k, mean_.p, grad_weights, {}, grad_rows_);
   }
 
   /// What the rows of p leave for the queries before the stretch.
@@ -115,31 +144,40 @@ class PrefixBackward {
 
   /// Writes the gradients of keys and queries. `after` is what all rows behind leave for the queries.
   void queries(const SuffixSums<T>& after, T* grad_weights) {
-    write(grad_.inputs.key, [&](auto store) { of_queries_.go_back(shape_, after, store); });
-    write(grad_.inputs.query, [&](auto store) {
-      for_each_run(
-          0, stretch_.count, [&](Index i) { return visible_.at[i]; },
-          [&](Index i, Index count) {
-            const auto run = [&](auto tokens) { return tokens.middle_rows(stretch_.first + i, count); };
-            scores_backward(visible_.seen[i] - 1, call_.w_q, run(call_.inputs.query), grad_weights,
-                            call_.add_query ? run(grad_.out) : Tokens<const T>{}, run(grad_.inputs.query), store);
-          },
-          [&](Index i) {
-            T* const row = grad_.inputs.query.row(stretch_.first + i);
-            call_.add_query ? std::copy_n(grad_.out.row(stretch_.first + i), call_.width(), row)
-                            : std::fill_n(row, call_.width(), T(0));
-          });
-    });
+    prefetch(grad_keys_);
+    of_queries_.go_back(shape_, after);
+    for (Index i = 0; i < stretch_.count; ++i) {
+      if (!visible_.at[i]) std::fill_n(grad_keys_.rows.row(i), call_.heads.key_cols(), T(0));
+    }
+    grad_keys_.finish();
+
+    prefetch(grad_queries_);
+    const Tokens<const T> query = call_.inputs.query.middle_rows(stretch_.first, stretch_.count);
+    const Tokens<const T> start =
+        call_.add_query ? grad_.out.middle_rows(stretch_.first, stretch_.count) : Tokens<const T>{};
+    for_each_run(
+        0, stretch_.count, [&](Index i) { return visible_.at[i]; },
+        [&](Index i, Index count) {
+          scores_backward(visible_.seen[i] - 1, call_.w_q, query.middle_rows(i, count), grad_weights,
+                          call_.add_query ? start.middle_rows(i, count) : start,
+                          grad_queries_.rows.middle_rows(i, count));
+        },
+        [&](Index i) {
+          T* const row = grad_queries_.rows.row(i);
+          call_.add_query ? std::copy_n(start.row(i), call_.width(), row) : std::fill_n(row, call_.width(), T(0));
+        });
+    grad_queries_.finish();
   }
 
  private:
-  /// Calls visit(store) with what stores the stretch's rows of a gradient, which are asked for in order, as in
-  /// PrefixMeans, unless they go past the caches.
-  template <class Visit>
-  void write(Tokens<T> rows, Visit&& visit) const {
-    const bool past = past_caches(rows, shape_.dim);
-    for (Index i = stretch_.first; i < stretch_.end() && !past; ++i) prefetch_row<T>(rows.row(i), rows.cols());
-    with_store(past, visit);
+  /// The stretch's rows of a gradient. One is finished before the next is written, so that all may share the room.
+  WholeRows<T> whole_rows(const Tokens<T>& gradient) const {
+    return {gradient, stretch_.first, stretch_.count, shape_.dim, room_};
+  }
+
+  /// Asks for rows in order, as in PrefixMeans.
+  void prefetch(const WholeRows<T>& rows) const {
+    for (Index i = 0; i < stretch_.count; ++i) rows.prefetch(i);
   }
 
   /// All tokens have a row of out; those that are not visible enter no mean.
@@ -152,12 +190,12 @@ class PrefixBackward {
       const Index token = stretch_.first + i;
       const Index row = visible_.seen[i] - 1;
       const bool visible = visible_.at[i], read = reads_value(call_, grad_, token);
-      if (!read) std::fill_n(grad_.inputs.value.row(token), call_.heads.value_cols(), T(0));
+      if (!read) std::fill_n(grad_values_.rows.row(i), call_.heads.value_cols(), T(0));
       of_keys_.weight[i] = grad_.saved.key_weights.row(token).data();
       of_keys_.mean[i] = mean_.key.row(row + 1);
       of_keys_.factor[i] = read ? call_.inputs.value.row(token) : zeros;
       of_keys_.grad[i] = read ? grad_.u.row(token) : zeros;
-      of_keys_.grad_factor[i] = read ? grad_.inputs.value.row(token) : unused;
+      of_keys_.grad_factor[i] = read ? grad_values_.rows.row(i) : unused;
       of_keys_.x[i] = visible ? mean_.p.row(row) : zeros;
       of_keys_.grad_x[i] = visible ? grad_rows_.row(row) : unused;
       of_keys_.grad_score[i] = visible ? grad_scores_ + row * shape_.padded() : unused;
@@ -173,31 +211,26 @@ class PrefixBackward {
       of_queries_.mean[r] = mean_.query.row(r + 1);
       of_queries_.factor[r] = call_.inputs.key.row(token);
       of_queries_.grad[r] = grad_rows_.row(r);
-      of_queries_.grad_factor[r] = grad_.inputs.key.row(token);
+      of_queries_.grad_factor[r] = grad_keys_.rows.row(token - stretch_.first);
       of_queries_.x[r] = call_.inputs.query.row(token);
       of_queries_.grad_x[r] = grad_rows_.row(r);
       of_queries_.grad_score[r] = grad_scores_ + r * shape_.padded();
     }
-    for (Index i = 0; i < stretch_.count; ++i) {
-      if (!visible_.at[i]) std::fill_n(grad_.inputs.key.row(stretch_.first + i), call_.heads.key_cols(), T(0));
-    }
   }
 
-  /// Adds what reaches rows of x through their scores to what stands in grad_rows_ from row `first` on, and to `start`
-  /// unless that is empty; `store` takes the sum to grad_x.
-  template <class Store>
+  /// grad_x = the rows of grad_rows_ from `first` on + what reaches the rows of x through their scores + start, which
+  /// may be empty (zero).
   void scores_backward(Index first, const T* weights, Tokens<const T> x, T* grad_weights, Tokens<const T> start,
-                       Tokens<T> grad_x, Store&& store) const {
+                       Tokens<T> grad_x) const {
+    const Tokens<T> own = grad_rows_.middle_rows(first, x.rows());
     score_rows_backward(
-        call_.query_shape(), weights, grad_scores_ + first * shape_.padded(), x.rows(), x.data(), x.stride(),
-        grad_weights, {},
-        // By value: what a reference reads would be read again after each store, which might have changed it.
-        [from = grad_rows_.row(first), stride = grad_rows_.stride(), start](auto by, Index i, Index c) {
+        call_.query_shape(), weights, grad_scores_ + first * shape_.padded(), x, grad_weights, {},
+        [own, start](auto by, Index i, Index c) {
           using P = typename decltype(by)::template Of<T>;
-          const P sum = ploadu<P>(from + i * stride + c);
+          const P sum = ploadu<P>(own.row(i) + c);
           return start.data() == nullptr ? sum : P(padd(sum, ploadu<P>(start.row(i) + c)));
         },
-        [store, grad_x](Index i, Index c, const auto& sum) { store(grad_x.row(i) + c, sum); });
+        grad_x);
   }
 
   const AdditiveCall<T>& call_;
@@ -208,6 +241,10 @@ class PrefixBackward {
   PrefixMeans<T> mean_;
   PrefixRows<T> of_keys_;
   PrefixRows<T> of_queries_;
+  T* room_;
+  WholeRows<T> grad_values_;
+  WholeRows<T> grad_keys_;
+  WholeRows<T> grad_queries_;
   Tokens<T> grad_rows_;  ///< of p, then of the queries, but for what reaches these through their scores
   T* grad_scores_;
 };

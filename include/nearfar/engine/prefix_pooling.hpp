@@ -1,6 +1,5 @@
 #pragma once
 
-#include <nearfar/detail/stores.hpp>
 #include <nearfar/engine/softmax_pooling_backward.hpp>
 
 namespace nearfar {
@@ -86,32 +85,6 @@ NEARFAR_INLINE void for_each_column_block(Index dim, Body&& body) {
   for (; c < dim; ++c) body(ByNumbers{}, std::integral_constant<int, 1>{}, c);
 }
 
-/// means_(r + 1) = means_r + weight_r (x_r - means_r) for `count` rows, weight(r) of each head and x(r). A head's means
-/// stay in registers from row to row, and then(r, own, shared, mean) gets each packet of them, from column `own` of the
-/// means on; that of the heads as they are shared is `shared`.
-template <class T, class Weight, class X, class Then>
-void prefix_means(const PoolingShape& shape, Index count, Weight&& weight, X&& x, Tokens<T> means, Then&& then) {
-  for (Index h = 0; h < shape.heads; ++h) {
-    for_each_column_block<T>(shape.dim, [&](auto by, auto block, Index first) {
-      using P = typename decltype(by)::template Of<T>;
-      constexpr int packets = decltype(block)::value;
-      constexpr Index width = Index{sizeof(P) / sizeof(T)};
-      const Index own = h * shape.dim + first;
-      const Index shared = shape.column(h) + first;
-      P mean[packets];
-      NEARFAR_UNROLL for (int p = 0; p < packets; ++p) mean[p] = ploadu<P>(means.row(0) + own + p * width);
-      for (Index r = 0; r < count; ++r) {
-        const P share = pset1<P>(weight(r)[h]);
-        NEARFAR_UNROLL for (int p = 0; p < packets; ++p) {
-          mean[p] = pmadd(share, psub(ploadu<P>(x(r) + own + p * width), mean[p]), mean[p]);
-          pstoreu(means.row(r + 1) + own + p * width, mean[p]);
-          then(r, own + p * width, shared + p * width, mean[p]);
-        }
-      }
-    });
-  }
-}
-
 /// What the rows after row i leave for it, in the backward pass of the prefix form:
 ///
 ///   vector_i = sum_(t > i) keep_it grad_mean_t        scalar_i = sum_(t > i) keep_it mean_t . grad_mean_t
@@ -176,21 +149,20 @@ struct PrefixRows {
     for (Index h = 0; h < shape.heads; ++h) {
       for_each_column_block<T>(shape.dim, [&](auto by, auto packets, Index first) {
         using P = typename decltype(by)::template Of<T>;
-        walk<P, decltype(packets)::value, false>(shape, h, first, sums, nullptr, Keep{});
+        walk<P, decltype(packets)::value, false>(shape, h, first, sums, nullptr);
       });
       for (Index i = 0; i < count; ++i) sums.keep[h] *= T(1) - weight[i][h];
     }
   }
 
-  /// And writes the gradients, those of the factors by `store`.
-  template <class Store>
-  void go_back(const PoolingShape& shape, const SuffixSums<T>& sums, Store&& store) const {
+  /// And writes the gradients.
+  void go_back(const PoolingShape& shape, const SuffixSums<T>& sums) const {
     alignas(Scratch::alignment) T lane_scores[prefix_stretch * lanes<T>];
     for (Index h = 0; h < shape.heads; ++h) {
       std::fill_n(lane_scores, prefix_stretch * lanes<T>, T(0));
       for_each_column_block<T>(shape.dim, [&](auto by, auto packets, Index first) {
         using P = typename decltype(by)::template Of<T>;
-        walk<P, decltype(packets)::value, true>(shape, h, first, sums, lane_scores, store);
+        walk<P, decltype(packets)::value, true>(shape, h, first, sums, lane_scores);
       });
       for (Index i = 0; i < count; i += lanes<T>) {
         Packet<T> packets[lanes<T>];
@@ -207,13 +179,13 @@ struct PrefixRows {
  private:
   /// Some columns of one head, from its column `first` on. Their sums stay in registers from row to row; what is summed
   /// over columns is left in the lanes.
-  template <class P, int Packets, bool Write, class Store>
-  NEARFAR_INLINE void walk(const PoolingShape& shape, Index h, Index first, const SuffixSums<T>& sums, T* lane_scores,
-                           Store&& store) const {
+  template <class P, int Packets, bool Write>
+  NEARFAR_INLINE void walk(const PoolingShape& shape, Index h, Index first, const SuffixSums<T>& sums,
+                           T* lane_scores) const {
     constexpr Index width = Index{sizeof(P) / sizeof(T)};
     const Index own = h * shape.dim + first;
     const Index shared = shape.column(h) + first;
-    const bool begins_group = h % shape.group == 0, whole_group = shape.group == 1;
+    const bool begins_group = h % shape.group == 0;
     const P zero = pset1<P>(T(0));
     T* const vector_sum = sums.vector + own;
     T* const scalar_sum = sums.scalar + h * lanes<T>;
@@ -223,23 +195,24 @@ struct PrefixRows {
     for (Index i = count; i-- > 0;) {
       const T share = weight[i][h];
       P inner = zero, score = zero;
+      // Addresses read here would be read again after each store, which might have changed them.
+      const T* const from_grad = grad[i] + own;
+      const T* const from_factor = factor[i] + shared;
+      const T* const from_mean = mean[i] + own;
+      const T* const from_x = Write ? x[i] + own : nullptr;
+      T* const to_x = Write ? grad_x[i] + own : nullptr;
+      T* const to_factor = Write ? grad_factor[i] + shared : nullptr;
       NEARFAR_UNROLL for (int p = 0; p < Packets; ++p) {
-        const Index c = own + p * width;
-        const P grad_product = ploadu<P>(grad[i] + c);
-        const P factors = ploadu<P>(factor[i] + shared + p * width);
-        const P grad_factors = pmul(ploadu<P>(mean[i] + c), grad_product);
+        const Index c = p * width;
+        const P grad_product = ploadu<P>(from_grad + c);
+        const P factors = ploadu<P>(from_factor + c);
+        const P grad_factors = pmul(ploadu<P>(from_mean + c), grad_product);
         inner = pmadd(grad_factors, factors, inner);
         vector[p] = pmadd(grad_product, factors, vector[p]);
         if constexpr (Write) {
-          T* const to = grad_factor[i] + shared + p * width;
-          // The sum over a group is read again before it is done.
-          if (whole_group) {
-            store(to, grad_factors);
-          } else {
-            pstoreu(to, begins_group ? grad_factors : P(padd(grad_factors, ploadu<P>(to))));
-          }
-          pstoreu(grad_x[i] + c, pmul(pset1<P>(share), vector[p]));
-          score = pmadd(ploadu<P>(x[i] + c), vector[p], score);
+          pstoreu(to_factor + c, begins_group ? grad_factors : P(padd(grad_factors, ploadu<P>(to_factor + c))));
+          pstoreu(to_x + c, pmul(pset1<P>(share), vector[p]));
+          score = pmadd(ploadu<P>(from_x + c), vector[p], score);
         }
       }
       scalar = padd(scalar, inner);

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <nearfar/detail/stores.hpp>
 #include <nearfar/engine/microkernel.hpp>
 #include <nearfar/engine/softmax_pooling.hpp>
 
@@ -24,16 +25,16 @@ struct MeanShares {
   }
 };
 
-/// The gradient of scores = x weights^T for `count` rows of x, `stride` numbers apart:
+/// The gradient of scores = x weights^T for a few rows of x:
 ///
 ///   grad_x_i = start_i + sum_h weight_ih grad_mean_h + sum_h grad_score_ih w_h
 ///   grad_w_h += sum_i grad_score_ih x_i
 ///
-/// start(by, i, column) gives packets of start_i, and store(i, column, packet) takes those of grad_x_i.
-template <class T, class Start, class Store>
-void score_rows_backward(const PoolingShape& shape, const T* weights, const T* grad_scores, Index count, const T* x,
-                         Index stride, T* grad_weights, const MeanShares<T>& mean_shares, Start&& start,
-                         Store&& store) {
+/// start(by, i, column) gives packets of start_i; it may read the rows of grad_x.
+template <class T, class Start>
+void score_rows_backward(const PoolingShape& shape, const T* weights, const T* grad_scores, Tokens<const T> x,
+                         T* grad_weights, const MeanShares<T>& mean_shares, Start start, Tokens<T> grad_x) {
+  const Index count = x.rows();
   const Index padded = shape.padded();
   const Index cols = shape.cols();
   const Index in_vectors = shape.dim / lanes<T> * lanes<T>;
@@ -48,7 +49,7 @@ void score_rows_backward(const PoolingShape& shape, const T* weights, const T* g
       const Index at = g * shape.dim + c;
       T* const grad_w = grad_weights + first * cols + at;
       multiply<vectors>(
-          Broadcast<T>{grad_score, 1, padded}, heads, x + at, stride, count,
+          Broadcast<T>{grad_score, 1, padded}, heads, x.data() + at, x.stride(), count,
           [&](Index h, int v) { return ploadu<Packet<T>>(grad_w + h * cols + v * lanes<T>); },
           [&](Index h, int v, const Packet<T>& sum) { pstoreu(grad_w + h * cols + v * lanes<T>, sum); });
       for_each_tile<vectors>(count, [&](auto tile, Index i) {
@@ -63,7 +64,8 @@ void score_rows_backward(const PoolingShape& shape, const T* weights, const T* g
         }
         multiply_add(sum, Broadcast<T>{grad_score, padded, 1}.rows_from(i), weights + first * cols + at, cols, heads);
         NEARFAR_UNROLL for (int r = 0; r < rows; ++r) {
-          NEARFAR_UNROLL for (int v = 0; v < vectors; ++v) store(i + r, at + v * lanes<T>, sum[r][v]);
+          T* const to = grad_x.row(i + r) + at;
+          NEARFAR_UNROLL for (int v = 0; v < vectors; ++v) pstoreu(to + v * lanes<T>, sum[r][v]);
         }
       });
     });
@@ -76,9 +78,9 @@ void score_rows_backward(const PoolingShape& shape, const T* weights, const T* g
         }
         for (Index h = 0; h < heads; ++h) {
           sum += grad_score[i * padded + h] * weights[(first + h) * cols + at];
-          grad_weights[(first + h) * cols + at] += grad_score[i * padded + h] * x[i * stride + at];
+          grad_weights[(first + h) * cols + at] += grad_score[i * padded + h] * x(i, at);
         }
-        store(i, at, sum);
+        grad_x(i, at) = sum;
       }
     }
   }
@@ -111,38 +113,37 @@ void dot_heads(const PoolingShape& shape, const T* x, const T* y, T* products) {
 ///
 ///   grad_x_i = start_i + sum_h weight_ih grad_mean_h + what reaches it through its scores
 ///
-/// where start may be empty (zero). Adds to grad_weights. `center` holds mean_h . grad_mean_h; `store` takes vectors to
-/// the rows of grad_x.
+/// where start may be empty (zero). Adds to grad_weights. `center` holds mean_h . grad_mean_h.
 template <class T>
 void pool_backward(const PoolingShape& shape, const T* weights, Tokens<const T> x, Index first, Index count,
                    const Matrix<T>& weights_of_rows, const T* center, const T* grad_mean, Tokens<const T> start,
-                   Tokens<T> grad_x, T* grad_weights, KeepOrPastCaches store, Scratch& scratch) {
+                   Tokens<T> grad_x, T* grad_weights, Scratch& scratch) {
   const Scratch::Scope scope(scratch);
   const Index padded = shape.padded();
   T* const grad_scores = scratch.take<T>(backward_rows * padded);
+  T* const room = scratch.take<T>(backward_rows * shape.cols());
   for (const Index end = first + count; first < end; first += backward_rows) {
     const Index rows = std::min(backward_rows, end - first);
+    const WholeRows<T> written(grad_x, first, rows, shape.dim, room);
     for (Index i = 0; i < rows; ++i) {
       prefetch_row(later_row(x, first + i), shape.cols());
       if (start.data() != nullptr) prefetch_row(start.row(first + i), shape.cols());
-      if (!store.past) prefetch_row<T>(grad_x.row(first + i), shape.cols());
+      written.prefetch(i);
       T* const grad_score = grad_scores + i * padded;
       dot_heads(shape, x.row(first + i), grad_mean, grad_score);
       const T* const weight = weights_of_rows.row(first + i).data();
       for (Index h = 0; h < shape.heads; ++h) grad_score[h] = ln_2<T> * weight[h] * (grad_score[h] - center[h]);
     }
-    // By value: what a reference reads would be read again after each store, which might have changed it.
     score_rows_backward(
-        shape, weights, grad_scores, rows, x.row(first), x.stride(), grad_weights,
+        shape, weights, grad_scores, x.middle_rows(first, rows), grad_weights,
         MeanShares<T>{weights_of_rows.row(first).data(), weights_of_rows.cols(), grad_mean},
         [from = start.data() == nullptr ? nullptr : start.row(first), stride = start.stride()](auto by, Index i,
                                                                                                Index c) {
           using P = typename decltype(by)::template Of<T>;
           return from == nullptr ? pset1<P>(T(0)) : ploadu<P>(from + i * stride + c);
         },
-        [store, to = grad_x.row(first), stride = grad_x.stride()](Index i, Index c, const auto& sum) {
-          store(to + i * stride + c, sum);
-        });
+        written.rows);
+    written.finish();
   }
 }
 
