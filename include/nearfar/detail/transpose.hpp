@@ -65,7 +65,7 @@ NEARFAR_INLINE void load_columns(const T* from, Index stride, P* columns) {
 #endif
   {
     Eigen::internal::PacketBlock<P, width> block;
-    for (int i = 0; i < width; ++i) block.packet[i] = ploadu<P>(from + i * stride);
+    NEARFAR_UNROLL for (int i = 0; i < width; ++i) block.packet[i] = ploadu<P>(from + i * stride);
     if constexpr (width > 1) ptranspose(block);
     std::copy_n(block.packet, width, columns);
   }
