@@ -9,12 +9,15 @@ namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
 namespace detail {
 
-/// The prefix means of a stretch again, from where it started and the weights of its visible tokens. Row r of gq and gk
-/// is what they are after r of these.
+/// The prefix means of a stretch again, from where it started and the weights of its visible tokens:
+///
+///   gq_t = gq_(t-1) + alpha_t (q_t - gq_(t-1))     p_t = gq_t * k_t     gk_t = gk_(t-1) + beta_t (p_t - gk_(t-1))
+///
+/// Row r of gq and gk is what they are after r of these tokens.
 template <class T>
 struct PrefixMeans {
   Tokens<T> query;  ///< gq
-  Tokens<T> p;      ///< gq_t * k_t of the visible tokens
+  Tokens<T> p;      ///< of the visible tokens
   Tokens<T> key;    ///< gk
 
   PrefixMeans(const AdditiveCall<T>& call, const AdditiveSaved<T>& saved, Index s, const Visible& visible,
@@ -40,14 +43,14 @@ struct PrefixMeans {
       for_each_column_block<T>(shape.dim, [&](auto by, auto block, Index first) {
         using P = typename decltype(by)::template Of<T>;
         constexpr int packets = decltype(block)::value;
-        constexpr Index lanes_of = Index{sizeof(P) / sizeof(T)};
+        constexpr Index step = Index{sizeof(P) / sizeof(T)};
         const Index own = h * shape.dim + first;
         const Index shared = shape.column(h) + first;
         // A few columns of both means stay in registers from token to token.
         P gq[packets], gk[packets];
         NEARFAR_UNROLL for (int i = 0; i < packets; ++i) {
-          gq[i] = ploadu<P>(query.row(0) + own + i * lanes_of);
-          gk[i] = ploadu<P>(key.row(0) + own + i * lanes_of);
+          gq[i] = ploadu<P>(query.row(0) + own + i * step);
+          gk[i] = ploadu<P>(key.row(0) + own + i * step);
         }
         for (Index r = 0; r < visible.count; ++r) {
           const Index token = visible.token[r];
@@ -60,12 +63,12 @@ struct PrefixMeans {
           T* const to_p = p.row(r) + own;
           T* const to_key = key.row(r + 1) + own;
           NEARFAR_UNROLL for (int i = 0; i < packets; ++i) {
-            gq[i] = pmadd(alpha, psub(ploadu<P>(q + i * lanes_of), gq[i]), gq[i]);
-            const P product = pmul(gq[i], ploadu<P>(k + i * lanes_of));
+            gq[i] = pmadd(alpha, psub(ploadu<P>(q + i * step), gq[i]), gq[i]);
+            const P product = pmul(gq[i], ploadu<P>(k + i * step));
             gk[i] = pmadd(beta, psub(product, gk[i]), gk[i]);
-            pstoreu(to_query + i * lanes_of, gq[i]);
-            pstoreu(to_p + i * lanes_of, product);
-            pstoreu(to_key + i * lanes_of, gk[i]);
+            pstoreu(to_query + i * step, gq[i]);
+            pstoreu(to_p + i * step, product);
+            pstoreu(to_key + i * step, gk[i]);
           }
         }
       });
