@@ -122,8 +122,9 @@ std::vector<double> peak_gflops(int threads, int samples) {
        })) {
     gflops.push_back(threads * flops / seconds * 1e-9);
   }
-  // A neighbour on this core slows the clock's probe as well: only what no reading of the clock allows is an error.
-  double clock = 0;
+  // A neighbour on this core slows the clock's probe as well, for seconds: only what no reading of the clock so far
+  // allows is an error.
+  static double clock = 0;
   const auto bound = [&] { return 4.4e-9 * nearfar::detail::lanes<T> * threads * clock; };
   for (int reading = 0; reading < 20 && median(gflops) > bound(); ++reading) clock = std::max(clock, clock_bound());
   if (median(gflops) > bound()) {
