@@ -46,7 +46,7 @@ std::array<Matrix<float>, 4> train(const A& attention, const Sample<float>& samp
 
 template <class A>
 void expect_large_matrices_stored_as_small_ones(const A& attention) {
-  const Index n = (Index{33} << 20) / Index{sizeof(float)} / heads.query_cols();
+  const Index n = (Index{17} << 20) / Index{sizeof(float)} / heads.query_cols();
   const auto sample = random_sample<float>(heads, n, 31);
   const auto aligned = train(attention, sample, 0);
   const auto unaligned = train(attention, sample, 1);
