@@ -150,7 +150,7 @@ void additive_prefix(const AdditiveCall<T>& call, const AdditiveOut<T>& out, T* 
         const T* const key = call.inputs.key.row(token);
         advance_means(shape, query_weight, call.inputs.query.row(token), global_query, [&](Index h) {
           return [k = key + key_shape.column(h), weight = key_weight[h], to = global_key + h * shape.dim]<class P>(
-                     Index c, const P& mean) { advance(P(pmul(mean, ploadu<P>(k + c))), weight, to + c); };
+                     Index c, const P& mean) { advance_in_memory(P(pmul(mean, ploadu<P>(k + c))), weight, to + c); };
         });
         query_weight += padded;
         key_weight += padded;

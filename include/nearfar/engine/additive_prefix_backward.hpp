@@ -63,9 +63,9 @@ struct PrefixMeans {
           T* const to_p = p.row(r) + own;
           T* const to_key = key.row(r + 1) + own;
           NEARFAR_UNROLL for (int i = 0; i < packets; ++i) {
-            gq[i] = pmadd(alpha, psub(ploadu<P>(q + i * step), gq[i]), gq[i]);
+            gq[i] = advance(gq[i], alpha, ploadu<P>(q + i * step));
             const P product = pmul(gq[i], ploadu<P>(k + i * step));
-            gk[i] = pmadd(beta, psub(product, gk[i]), gk[i]);
+            gk[i] = advance(gk[i], beta, product);
             pstoreu(to_query + i * step, gq[i]);
             pstoreu(to_p + i * step, product);
             pstoreu(to_key + i * step, gk[i]);
@@ -162,8 +162,7 @@ class PrefixBackward {
         0, stretch_.count, [&](Index i) { return visible_.at[i]; },
         [&](Index i, Index count) {
           scores_backward(visible_.seen[i] - 1, call_.w_q, query.middle_rows(i, count), grad_weights,
-                          call_.add_query ? start.middle_rows(i, count) : start,
-                          grad_queries_.rows.middle_rows(i, count));
+                          start.middle_rows(i, count), grad_queries_.rows.middle_rows(i, count));
         },
         [&](Index i) {
           T* const row = grad_queries_.rows.row(i);

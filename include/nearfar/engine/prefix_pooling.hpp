@@ -50,10 +50,15 @@ void prefix_weights(const PoolingShape& shape, T* scores, Index count, const Sof
 }
 
 /// One step of the prefix means, mean_i = mean_(i-1) + weight_i (x_i - mean_(i-1)), in vectors or numbers.
+template <class P>
+NEARFAR_INLINE P advance(const P& mean, const P& weight, const P& x) {
+  return pmadd(weight, psub(x, mean), mean);
+}
+
+/// The same of means in memory.
 template <class P, class T>
-NEARFAR_INLINE P advance(const P& x, const T& weight, T* mean) {
-  const P before = ploadu<P>(mean);
-  const P now = pmadd(pset1<P>(weight), psub(x, before), before);
+NEARFAR_INLINE P advance_in_memory(const P& x, const T& weight, T* mean) {
+  const P now = advance(ploadu<P>(mean), pset1<P>(weight), x);
   pstoreu(mean, now);
   return now;
 }
@@ -68,7 +73,7 @@ NEARFAR_INLINE void advance_means(const PoolingShape& shape, const T* weight, co
     const auto use = then(h);
     for_each_packet<T>(dim, [=](auto by, Index c) {
       using P = typename decltype(by)::template Of<T>;
-      use(c, advance(ploadu<P>(x + c), share, mean + c));
+      use(c, advance_in_memory(ploadu<P>(x + c), share, mean + c));
     });
   }
 }
