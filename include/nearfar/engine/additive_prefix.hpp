@@ -113,7 +113,7 @@ void additive_prefix(const AdditiveCall<T>& call, const AdditiveOut<T>& out, T* 
         scratch);
 
     // gq_t comes twice, here and for the rows of out: to keep the products would cost more.
-    T* const products = scratch.take<T>(2 * row_block * width);
+    T* const products = scratch.take<T>(pool_rows * width);
     T* const global_query = take_row();
     std::copy_n(query_start, width, global_query);
     T* const global_key = take_row();
@@ -123,7 +123,7 @@ void additive_prefix(const AdditiveCall<T>& call, const AdditiveOut<T>& out, T* 
         [&](Index first, RowBlock<T>& block) {
           for (Index r = 0; r < std::min<Index>(row_block, visible.count - first); ++r) {
             const Index token = visible.token[first + r];
-            T* const p = products + (first + r) % (2 * row_block) * width;
+            T* const p = products + (first + r) % pool_rows * width;
             const T* const key = call.inputs.key.row(token);
             advance_means(shape, query_weights + (first + r) * padded, call.inputs.query.row(token), global_query,
                           [&](Index h) {

@@ -40,7 +40,7 @@ struct PrefixMeans {
     key = start(saved.key_means);
     const PoolingShape shape = call.key_shape();
     for (Index h = 0; h < shape.heads; ++h) {
-      for_each_column_block<T>(shape.dim, [&](auto by, auto block, Index first) {
+      for_each_column_block<4, T>(shape.dim, [&](auto by, auto block, Index first) {
         using P = typename decltype(by)::template Of<T>;
         constexpr int packets = decltype(block)::value;
         constexpr Index step = Index{sizeof(P) / sizeof(T)};

@@ -78,18 +78,6 @@ NEARFAR_INLINE void advance_means(const PoolingShape& shape, const T* weight, co
   }
 }
 
-/// Calls body(by, packets, c) for the columns of a head: blocks of four packets, and what is left one by one, `packets`
-/// an integral constant.
-template <class T, class Body>
-NEARFAR_INLINE void for_each_column_block(Index dim, Body&& body) {
-  constexpr int block = 4;
-  Index c = 0;
-  for (; c + block * lanes<T> <= dim; c += block * lanes<T>) body(ByVectors{}, std::integral_constant<int, block>{}, c);
-  for (; c + lanes<T> <= dim; c += lanes<T>) body(ByVectors{}, std::integral_constant<int, 1>{}, c);
-  for (; c + block <= dim; c += block) body(ByNumbers{}, std::integral_constant<int, block>{}, c);
-  for (; c < dim; ++c) body(ByNumbers{}, std::integral_constant<int, 1>{}, c);
-}
-
 /// What the rows after row i leave for it, in the backward pass of the prefix form:
 ///
 ///   vector_i = sum_(t > i) keep_it grad_mean_t        scalar_i = sum_(t > i) keep_it mean_t . grad_mean_t
@@ -152,7 +140,7 @@ struct PrefixRows {
   /// Takes the rows into the sums.
   void leave(const PoolingShape& shape, const SuffixSums<T>& sums) const {
     for (Index h = 0; h < shape.heads; ++h) {
-      for_each_column_block<T>(shape.dim, [&](auto by, auto packets, Index first) {
+      for_each_column_block<4, T>(shape.dim, [&](auto by, auto packets, Index first) {
         using P = typename decltype(by)::template Of<T>;
         walk<P, decltype(packets)::value, false>(shape, h, first, sums, nullptr);
       });
@@ -165,7 +153,7 @@ struct PrefixRows {
     alignas(Scratch::alignment) T lane_scores[prefix_stretch * lanes<T>];
     for (Index h = 0; h < shape.heads; ++h) {
       std::fill_n(lane_scores, prefix_stretch * lanes<T>, T(0));
-      for_each_column_block<T>(shape.dim, [&](auto by, auto packets, Index first) {
+      for_each_column_block<4, T>(shape.dim, [&](auto by, auto packets, Index first) {
         using P = typename decltype(by)::template Of<T>;
         walk<P, decltype(packets)::value, true>(shape, h, first, sums, lane_scores);
       });

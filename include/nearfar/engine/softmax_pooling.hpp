@@ -26,8 +26,14 @@ namespace detail {
 inline constexpr int head_block = vector_registers >= 32 ? 8 : 4;
 inline constexpr int row_block = 3;
 
-/// How many rows ahead memory is asked for.
+/// So many rows are scored before their weighted sums are taken: these are then read and written once for all of them,
+/// and the rows are still in the cache.
+inline constexpr Index pool_rows = 4 * row_block;
+
+/// How many rows ahead memory is asked for, and for how many of their columns at a time.
 inline constexpr Index prefetch_rows = 2 * row_block;
+template <class T>
+inline constexpr Index prefetch_columns = 4 * cache_line / Index{sizeof(T)};
 
 /// The heads of a pooling. Heads share the columns of a row in groups, as query heads share a key head.
 struct PoolingShape {
@@ -171,10 +177,10 @@ const T* later_row(const Tokens<const T>& rows, Index i) {
 }
 
 /// scores(r, h) = weights(h) . x[r] over `cols` columns, those of x from `column` on, for `Heads` heads at once.
-/// Meanwhile does what along(c) gives, for every `segment` of columns, with each vector of them.
-template <int Heads, class T, class Along>
+/// Meanwhile calls besides(c) for every `segment` of columns.
+template <int Heads, class T, class Besides>
 NEARFAR_INLINE void score_block(const T* const (&x)[row_block], Index column, const T* weights, Index cols, T* scores,
-                                Index padded, Index segment, Along&& along) {
+                                Index padded, Index segment, Besides&& besides) {
   Packet<T> sum[row_block][Heads];
   const T* row[row_block];
   NEARFAR_UNROLL for (int r = 0; r < row_block; ++r) {
@@ -184,7 +190,7 @@ NEARFAR_INLINE void score_block(const T* const (&x)[row_block], Index column, co
   const Index in_vectors = cols / lanes<T> * lanes<T>;
   Index c = 0;
   while (c < in_vectors) {
-    const auto besides = along(c);
+    besides(c);
     for (const Index end = std::min(c + segment, in_vectors); c < end; c += lanes<T>) {
       Packet<T> packet[row_block];
       NEARFAR_UNROLL for (int r = 0; r < row_block; ++r) packet[r] = load_once<Packet<T>>(row[r] + c);
@@ -192,7 +198,6 @@ NEARFAR_INLINE void score_block(const T* const (&x)[row_block], Index column, co
         const Packet<T> w = load_once<Packet<T>>(weights);
         NEARFAR_UNROLL for (int r = 0; r < row_block; ++r) sum[r][h] = pmadd(packet[r], w, sum[r][h]);
       }
-      besides(c);
     }
   }
   NEARFAR_UNROLL for (int r = 0; r < row_block; ++r) sum_vectors(sum[r], scores + r * padded);
@@ -216,114 +221,108 @@ NEARFAR_INLINE void for_each_head_block(const PoolingShape& shape, Visit&& visit
   }
 }
 
-/// The weighted sums of one block of rows, total_h = keep_h total_h + sum_r weight_rh rows[r]: best taken while the
-/// scores of the next block are computed, whose multiply-adds leave time to load.
+/// scores(r, h) = w_h . rows[r], with interleaved weights.
 template <class T>
-struct WeightedSum {
-  const T* rows[row_block];
-  const T* weights;  ///< row_block x padded, and behind them what each head keeps
-  T* total;
-
-  /// What takes a packet of the head's columns, given its first, to the sum.
-  auto head(const PoolingShape& shape, Index h) const {
-    const Index padded = shape.padded();
-    const Index column = shape.column(h);
-    const T* const keep = weights + row_block * padded + h;
-    return
-        [r0 = rows[0] + column, r1 = rows[1] + column, r2 = rows[2] + column, w0 = weights[h], w1 = weights[padded + h],
-         w2 = weights[2 * padded + h], keep = *keep, to = total + h * shape.dim](auto by, Index c) {
-          using P = typename decltype(by)::template Of<T>;
-          P sum = pmul(pset1<P>(keep), ploadu<P>(to + c));
-          sum = pmadd(pset1<P>(w0), ploadu<P>(r0 + c), sum);
-          sum = pmadd(pset1<P>(w1), ploadu<P>(r1 + c), sum);
-          pstoreu(to + c, pmadd(pset1<P>(w2), ploadu<P>(r2 + c), sum));
-        };
-  }
-};
-
-/// scores(r, h) = w_h . rows[r], with interleaved weights, and the sums of the block before.
-template <class T>
-NEARFAR_INLINE void score_rows(const PoolingShape& shape, const T* weights, const RowBlock<T>& block, T* scores,
-                               const WeightedSum<T>& sums) {
-  // Side by side where the vectors of the rows' columns are those of the totals.
-  const bool side_by_side = shape.group == 1 && shape.dim % lanes<T> == 0;
+NEARFAR_INLINE void score_rows(const PoolingShape& shape, const T* weights, const RowBlock<T>& block, T* scores) {
   for_each_head_block(shape, [&](auto together, Index h, Index column, Index cols) {
-    constexpr int heads = decltype(together)::value;
-    const auto score = [&](Index segment, auto&& along) {
-      score_block<heads>(block.rows, column, weights + h * shape.cols() + column, cols, scores + h, shape.padded(),
-                         segment, along);
-    };
     // Memory is asked once for each column of the later rows.
-    const auto fetch = [&](Index first, Index count) {
-      for (const T* later : block.later) prefetch_row(later + column + first, count);
+    const bool ask = h == 0 || shape.own_columns;
+    const Index segment = ask ? prefetch_columns<T> : cols;
+    const auto fetch = [&](Index c) {
+      for (const T* later : block.later) {
+        if (ask) prefetch_row(later + column + c, std::min(segment, cols - c));
+      }
     };
-    if (side_by_side && (h == 0 || shape.own_columns)) {
-      score(shape.dim, [&, head = h](Index first) mutable {
-        fetch(first, shape.dim);
-        return [sum = sums.head(shape, head++), first](Index c) { sum(ByVectors{}, c - first); };
-      });
-    } else {
-      if (h == 0 || shape.own_columns) fetch(0, cols);
-      score(cols, [](Index) { return [](Index) {}; });
-    }
+    score_block<decltype(together)::value>(block.rows, column, weights + h * shape.cols() + column, cols, scores + h,
+                                           shape.padded(), segment, fetch);
   });
-  for (Index h = 0; h < shape.heads && !side_by_side; ++h) {
-    for_each_packet<T>(shape.dim, sums.head(shape, h));
+}
+
+/// Takes the scores of `count` rows into max and sum. weights gets 2^(score - max), and keep what the old sums keep of
+/// themselves, 2^(old max - max).
+template <class T>
+void weigh_rows(const PoolingShape& shape, const T* scores, Index count, const SoftmaxPool<T>& state, T* weights,
+                T* keep) {
+  using P = HeadPacket<T>;
+  const Index padded = shape.padded();
+  const Index end = count * padded;
+  for (Index h = 0; h < padded; h += Eigen::internal::unpacket_traits<P>::size) {
+    const P old = ploadu<P>(state.max + h);
+    P max = old;
+    for (Index at = h; at < end; at += padded) max = pmax(max, ploadu<P>(scores + at));
+    pstoreu(state.max + h, max);
+    const P shift = pselect(pcmp_eq(max, pset1<P>(-infinity<T>)), pset1<P>(T(0)), max);
+    for (Index at = h; at < end; at += padded) pstoreu(weights + at, psub(ploadu<P>(scores + at), shift));
+    pstoreu(keep + h, psub(old, shift));
+  }
+  exp2_in_place(weights, end);
+  exp2_in_place(keep, padded);
+  for (Index h = 0; h < padded; h += Eigen::internal::unpacket_traits<P>::size) {
+    P sum = pmul(ploadu<P>(keep + h), ploadu<P>(state.sum + h));
+    for (Index at = h; at < end; at += padded) sum = padd(sum, ploadu<P>(weights + at));
+    pstoreu(state.sum + h, sum);
   }
 }
 
-/// Takes the scores of one block of rows into max and sum. weights gets 2^(score - max), and behind them what the old
-/// sums keep of themselves, 2^(old max - max).
+/// Calls body(by, packets, c) for the columns of a head: blocks of `block` packets, and what is left one by one,
+/// `packets` an integral constant.
+template <int block, class T, class Body>
+NEARFAR_INLINE void for_each_column_block(Index dim, Body&& body) {
+  Index c = 0;
+  for (; c + block * lanes<T> <= dim; c += block * lanes<T>) body(ByVectors{}, std::integral_constant<int, block>{}, c);
+  for (; c + lanes<T> <= dim; c += lanes<T>) body(ByVectors{}, std::integral_constant<int, 1>{}, c);
+  for (; c + block <= dim; c += block) body(ByNumbers{}, std::integral_constant<int, block>{}, c);
+  for (; c < dim; ++c) body(ByNumbers{}, std::integral_constant<int, 1>{}, c);
+}
+
+/// total_h = keep_h total_h + sum_r weight_rh rows[r], the sums of a head of 64 columns all in registers.
 template <class T>
-NEARFAR_INLINE void weigh_rows(const PoolingShape& shape, const T* scores, const SoftmaxPool<T>& state, T* weights) {
-  using P = HeadPacket<T>;
-  const Index padded = shape.padded();
-  for (Index h = 0; h < padded; h += Eigen::internal::unpacket_traits<P>::size) {
-    P x[row_block + 1];
-    for (int r = 0; r < row_block; ++r) x[r] = ploadu<P>(scores + r * padded + h);
-    x[row_block] = ploadu<P>(state.max + h);
-    const P max = pmax(pmax(x[0], x[1]), pmax(x[2], x[3]));
-    pstoreu(state.max + h, max);
-    const P shift = pselect(pcmp_eq(max, pset1<P>(-infinity<T>)), pset1<P>(T(0)), max);
-    for (int r = 0; r <= row_block; ++r) x[r] = psub(x[r], shift);
-    exp2<T>(x);
-    for (int r = 0; r <= row_block; ++r) pstoreu(weights + r * padded + h, x[r]);
-    pstoreu(state.sum + h, pmadd(x[row_block], ploadu<P>(state.sum + h), padd(padd(x[0], x[1]), x[2])));
+void add_weighted_rows(const PoolingShape& shape, const T* const* rows, Index count, const T* weights, const T* keep,
+                       T* total) {
+  for (Index h = 0; h < shape.heads; ++h) {
+    const Index column = shape.column(h);
+    for_each_column_block<std::clamp(64 / lanes<T>, 4, 8), T>(shape.dim, [&](auto by, auto packets, Index c) {
+      using P = typename decltype(by)::template Of<T>;
+      constexpr Index step = Index{sizeof(P) / sizeof(T)};
+      constexpr int several = decltype(packets)::value;
+      T* const to = total + h * shape.dim + c;
+      P sum[several];
+      NEARFAR_UNROLL for (int p = 0; p < several; ++p) sum[p] = pmul(pset1<P>(keep[h]), ploadu<P>(to + p * step));
+      for (Index r = 0; r < count; ++r) {
+        const P weight = pset1<P>(weights[r * shape.padded() + h]);
+        const T* const row = rows[r] + column + c;
+        NEARFAR_UNROLL for (int p = 0; p < several; ++p) sum[p] = pmadd(weight, ploadu<P>(row + p * step), sum[p]);
+      }
+      NEARFAR_UNROLL for (int p = 0; p < several; ++p) pstoreu(to + p * step, sum[p]);
+    });
   }
 }
 
 /// Shows `count` rows to the pooling, with interleaved weights. show(first, block) gives the rows from `first` on, as
-/// many as there are in a block; they must stay until the next but one is asked for. `scores` (shape.scores(count)
+/// many as there are in a block; they must stay until the next pool_rows are asked for. `scores` (shape.scores(count)
 /// numbers) is left holding the scores.
 template <class T>
 void pool(const PoolingShape& shape, const T* weights, Index count, FunctionRef<void(Index, RowBlock<T>&)> show,
           T* scores, const SoftmaxPool<T>& state, Scratch& scratch) {
   const Scratch::Scope scope(scratch);
   const Index padded = shape.padded();
-  const Index room = shape.scores<T>(row_block + 1);
-  // Two blocks' weights, for the rows of one are summed while the next is scored.
-  T* now = scratch.take<T>(room);
-  T* before = scratch.take<T>(room);
-  // Rows of zeros fill up the last block, and stand for the one before the first.
+  T* const row_weights = scratch.take<T>(shape.scores<T>(pool_rows));
+  T* const keep = scratch.take<T>(shape.scores<T>(1));
+  // Rows of zeros fill up the last block.
   T* const zeros = scratch.take<T>(shape.cols());
   std::fill_n(zeros, shape.cols(), T(0));
-  std::fill_n(before, room, T(1));
-  RowBlock<T> nothing;
-  std::fill_n(nothing.rows, row_block, zeros);
-  std::fill_n(nothing.later, row_block, zeros);
-  WeightedSum<T> sums{{zeros, zeros, zeros}, before, state.total};
-  for (Index first = 0; first < count; first += row_block) {
-    RowBlock<T> block = nothing;
-    show(first, block);
-    T* const score = scores + first * padded;
-    score_rows(shape, weights, block, score, sums);
-    const Index shown = std::min<Index>(row_block, count - first);
-    std::fill_n(score + shown * padded, (row_block - shown) * padded, -infinity<T>);
-    weigh_rows(shape, score, state, now);
-    sums = {{block.rows[0], block.rows[1], block.rows[2]}, now, state.total};
-    std::swap(now, before);
+  for (Index begin = 0; begin < count; begin += pool_rows) {
+    const Index shown = std::min(pool_rows, count - begin);
+    const T* rows[pool_rows];
+    for (Index r = 0; r < shown; r += row_block) {
+      RowBlock<T> block{{zeros, zeros, zeros}, {zeros, zeros, zeros}};
+      show(begin + r, block);
+      score_rows(shape, weights, block, scores + (begin + r) * padded);
+      std::copy_n(block.rows, row_block, rows + r);
+    }
+    weigh_rows(shape, scores + begin * padded, shown, state, row_weights, keep);
+    add_weighted_rows(shape, rows, shown, row_weights, keep, state.total);
   }
-  for (Index h = 0; h < shape.heads; ++h) for_each_packet<T>(shape.dim, sums.head(shape, h));
 }
 
 /// The rows of a list.
