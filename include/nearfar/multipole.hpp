@@ -298,7 +298,7 @@ class Multipole {
       const detail::Tile place{0, first + tile.first, tile.count};
       const Tokens<const T> query = inputs.query.middle_rows(tile.first, tile.count).middle_cols(head * dim, dim);
       const Tokens<T> result = out.middle_rows(tile.first, tile.count).middle_cols(head * dim, dim);
-      detail::QueryTile<T> queries(scratch, tile.count, dim, dim);
+      detail::QueryTile<T> queries(scratch, place.first, tile.count, dim, dim, options_.block);
       detail::KeyTile<T> keys(scratch, dim, dim);
       const auto visit = [&](const auto& band) { queries.visit(keys, band); };
 
@@ -310,7 +310,7 @@ class Multipole {
         later.add(query.data() + dim, query.stride(), tile.count, dim);
         walk.announce(place, (head + 1) / heads_.group(), later);
       }
-      queries.load(query.data(), query.stride(), place.first, tile.count, scale() * detail::log2_e<T>);
+      queries.load(query.data(), query.stride(), scale() * detail::log2_e<T>);
       if (pooled != nullptr) pooled->hand_down(head, queries);
       queries.lookahead().and_then(&later);
       walk.near_field(place, key_head, keys, queries.lookahead(), visit);

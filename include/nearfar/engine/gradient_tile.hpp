@@ -6,6 +6,7 @@
 #include <nearfar/engine/lane_mask.hpp>
 #include <nearfar/engine/microkernel.hpp>
 #include <nearfar/engine/panel_keys.hpp>
+#include <nearfar/engine/panels.hpp>
 #include <nearfar/online_softmax.hpp>
 
 #include <algorithm>
@@ -30,11 +31,15 @@ class GradientTile {
   static constexpr Index width = panel_vectors * lanes<T>;
   static constexpr Index capacity = 240 / width * width;
 
+  /// How many queries of whole blocks it takes at a time.
+  static Index fitting(Index block) { return Panels<T>::fitting(capacity / width, block); }
+
   GradientTile(Scratch& scratch, Index dim, Index value_dim)
       : dim_(dim),
         value_dim_(value_dim),
         query_stride_(round_up(dim, lanes<T>)),
         grad_out_stride_(round_up(value_dim, lanes<T>)),
+        panels_(scratch, capacity / width),
         query_lanes_(scratch.take<T>(capacity * dim)),
         grad_out_lanes_(scratch.take<T>(capacity * value_dim)),
         grad_query_lanes_(scratch.take<T>(capacity * round_up(dim, group_rows))),
@@ -54,27 +59,29 @@ class GradientTile {
   GradientTile& operator=(const GradientTile&) = delete;
 
   /// Takes at most `capacity` queries, the first of them number `first` of its sequence, with their log-sum-exp and
-  /// delta; their gradient is zero so far.
+  /// delta; their gradient is zero so far. The queries of a `block` see the same keys, or most of them; they must fit
+  /// the panels.
   template <class Storage>
   void load(Tokens<const Storage> query, Tokens<const Storage> grad_out, Index first, const double* log_sum_exp,
-            const T* delta, T scale) {
+            const T* delta, T scale, Index block = Window::unlimited) {
     first_ = first;
-    count_ = query.rows();
     scale_ = scale;
-    for (Index p = 0; p < panels(); ++p) {
-      const Index row = p * width;
-      take_panel(query.middle_rows(row, in_panel(p)), scale * log2_e<T>, query_rows_ + row * query_stride_,
-                 query_stride_, query_lanes_ + row * dim_);
-      take_panel(grad_out.middle_rows(row, in_panel(p)), T(1), grad_out_rows_ + row * grad_out_stride_,
-                 grad_out_stride_, grad_out_lanes_ + row * value_dim_);
+    panels_.cut(first, query.rows(), block);
+    for (Index p = 0; p < panels_.count(); ++p) {
+      const Index row = panels_.begin(p);
+      const Index place = p * width;
+      take_panel(query.middle_rows(row, panels_.size(p)), scale * log2_e<T>, query_rows_ + place * query_stride_,
+                 query_stride_, query_lanes_ + place * dim_);
+      take_panel(grad_out.middle_rows(row, panels_.size(p)), T(1), grad_out_rows_ + place * grad_out_stride_,
+                 grad_out_stride_, grad_out_lanes_ + place * value_dim_);
+      for (Index i = 0; i < width; ++i) {
+        const Shift<T> shift = i < panels_.size(p) ? Shift<T>(log_sum_exp[row + i]) : Shift<T>();
+        shift_[place + i] = shift.nearest;
+        shift_rest_[place + i] = shift.rest;
+        delta_[place + i] = shift.sees() ? delta[row + i] : T(0);
+      }
     }
-    std::fill_n(grad_query_lanes_, panels() * width * round_up(dim_, group_rows), T(0));
-    for (Index i = 0; i < panels() * width; ++i) {
-      const Shift<T> shift = i < count_ ? Shift<T>(log_sum_exp[i]) : Shift<T>();
-      shift_[i] = shift.nearest;
-      shift_rest_[i] = shift.rest;
-      delta_[i] = shift.sees() ? delta[i] : T(0);
-    }
+    std::fill_n(grad_query_lanes_, panels_.count() * width * round_up(dim_, group_rows), T(0));
   }
 
   /// Walks back over the keys of a tile. The gradients of key j of the tile are added to the rows grad_key(j) and
@@ -95,13 +102,14 @@ class GradientTile {
         rows_ahead_.add(grad_value(fetched), 0, 1, value_dim_);
       }
     };
-    for (Index p = 0; p < panels(); ++p) {
-      const PanelKeys seen(keys, band, first_ + p * width, in_panel(p));
+    for (Index p = 0; p < panels_.count(); ++p) {
+      const Index first = first_ + panels_.begin(p);
+      const PanelKeys seen(keys, band, first, panels_.size(p));
       seen.for_each_stretch([&](auto vectors, int vector, Range range, Range all) {
         score<vectors>(p, vector, keys, range);
         for (int v = vector; v < vector + vectors; ++v) {
-          hide(LaneMask<T, Band>{band, keys, first_ + p * width + v * lanes<T>}, range, all, weight_ + v * lanes<T>,
-               width, [](const Packet<T>&) {});
+          hide(LaneMask<T, Band>{band, keys, first + v * lanes<T>}, range, all, weight_ + v * lanes<T>, width,
+               [](const Packet<T>&) {});
         }
       });
       for (int v = 0; v < panel_vectors; ++v) weigh(p, v, seen.any(v));
@@ -127,8 +135,9 @@ class GradientTile {
 
   /// Writes the gradients of the queries.
   void finish(Tokens<T> grad_query) const {
-    for (Index p = 0; p < panels(); ++p) {
-      transpose(grad_query_lanes(p), width, dim_, in_panel(p), scale_, grad_query.row(p * width), grad_query.stride());
+    for (Index p = 0; p < panels_.count(); ++p) {
+      transpose(grad_query_lanes(p), width, dim_, panels_.size(p), scale_, grad_query.row(panels_.begin(p)),
+                grad_query.stride());
     }
   }
 
@@ -137,8 +146,6 @@ class GradientTile {
   Lookahead& lookahead() { return lookahead_; }
 
  private:
-  Index panels() const { return (count_ + width - 1) / width; }
-  Index in_panel(Index p) const { return std::min(width, count_ - p * width); }
   T* grad_query_lanes(Index p) const { return grad_query_lanes_ + p * width * round_up(dim_, group_rows); }
 
   // Takes the rows of a panel as they are, each followed by zeros up to `stride`, and times a factor on the lanes; zero
@@ -229,8 +236,8 @@ class GradientTile {
   Index value_dim_;
   Index query_stride_;
   Index grad_out_stride_;
+  Panels<T> panels_;
   Index first_ = 0;
-  Index count_ = 0;
   T scale_ = 1;
   T* query_lanes_;
   T* grad_out_lanes_;

@@ -77,7 +77,7 @@ class Hierarchy {
   /// Tokens of a sub-block, the share of a group for which one of its `rank` rows stands.
   Index sub_block(Index l) const { return level(l).width / rank_; }
 
-  /// The rows of a tile of at most `capacity` queries: whole blocks where they fit, so that few panels straddle two.
+  /// The rows of a tile of at most `capacity` queries: whole blocks where they fit, whose queries share their keys.
   Index rows_of_blocks(Index capacity) const { return block_ < capacity ? capacity / block_ * block_ : capacity; }
 
   /// The tokens of sub-block `row` of level 1.

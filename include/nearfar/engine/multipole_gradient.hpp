@@ -41,7 +41,8 @@ class MultipoleGradient {
   /// delta and log_sum_exp are those of the sequence's queries, head by head, `stride` apart.
   void backward(const MultipoleWalk<T>& walk, bool far, T scale, const Inputs<T>& inputs, Tokens<const T> grad_out,
                 const double* log_sum_exp, const T* delta, Index stride) {
-    const Index tile_rows = tree_.rows_of_blocks(GradientTile<T>::capacity);
+    const Index block = tree_.block();
+    const Index tile_rows = GradientTile<T>::fitting(block);
     work_.for_each(segments_ * heads_.key_value, [&](Index task, Scratch& scratch) {
       const Index key_head = task % heads_.key_value;
       const Index s = task / heads_.key_value;
@@ -58,16 +59,20 @@ class MultipoleGradient {
       for (Index head = key_head * heads_.group(); head < (key_head + 1) * heads_.group(); ++head) {
         const Tokens<const T> query = inputs.query.middle_cols(head * dim, dim);
         const Tokens<const T> grad = grad_out.middle_cols(head * dim, dim);
-        for (Index first = own.first; first < own.end; first += tile_rows) {
-          const Tile tile{0, first, std::min(tile_rows, own.end - first)};
-          const Index next = std::min(tile_rows, own.end - first - tile.count);
+        const auto tile_at = [&](Index first) {
+          const Index fitting = tile_rows < block ? std::min(tile_rows, block - first % block) : tile_rows;
+          return Tile{0, first, std::min(fitting, own.end - first)};
+        };
+        for (Index first = own.first; first < own.end;) {
+          const Tile tile = tile_at(first);
+          const Index next = tile_at(first + tile.count).count;
           Lookahead later;
           later.add(gradients_.query.row(first) + head * dim, gradients_.query.stride(), tile.count, dim);
           later.add(query.row(first) + tile.count * query.stride(), query.stride(), next, dim);
           later.add(grad.row(first) + tile.count * grad.stride(), grad.stride(), next, dim);
           if (next > 0) walk.announce({0, first + tile.count, next}, key_head, later);
           queries.load(query.middle_rows(first, tile.count), grad.middle_rows(first, tile.count), first,
-                       log_sum_exp + head * stride + first, delta + head * stride + first, scale);
+                       log_sum_exp + head * stride + first, delta + head * stride + first, scale, block);
           queries.lookahead().and_then(&later);
           walk.near_field(tile, key_head, keys, queries.lookahead(), [&](const auto& band) {
             const Index end = keys.position(keys.count() - 1) + 1;
@@ -80,6 +85,7 @@ class MultipoleGradient {
                            [&](const auto& band) { queries.visit(keys, band, far_key, far_value); });
           }
           queries.finish(gradients_.query.middle_rows(first, tile.count).middle_cols(head * dim, dim));
+          first += tile.count;
         }
       }
       fresh.reach(own.end);

@@ -53,9 +53,9 @@ class PooledQueries {
         const Index head = task % heads_.query;
         const Index first = task / heads_.query * queries_a_tile;
         const Index count = std::min(queries_a_tile, rows - first);
-        QueryTile<T> queries(scratch, count, heads_.dim, heads_.dim);
+        QueryTile<T> queries(scratch, first, count, heads_.dim, heads_.dim);
         KeyTile<T> keys(scratch, heads_.dim, heads_.dim);
-        queries.load(query_.row(head, origin + first), query_.row_stride, first, count, scale_ * log2_e<T>);
+        queries.load(query_.row(head, origin + first), query_.row_stride, scale_ * log2_e<T>);
         if (l < tree_.levels()) hand_down(l + 1, head, 2, queries);
         walk.far_level(l, first, count, head / heads_.group(), keys,
                        [&](const auto& band) { queries.visit(keys, band); });

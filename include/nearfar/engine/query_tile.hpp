@@ -8,6 +8,7 @@
 #include <nearfar/engine/lane_mask.hpp>
 #include <nearfar/engine/microkernel.hpp>
 #include <nearfar/engine/panel_keys.hpp>
+#include <nearfar/engine/panels.hpp>
 #include <nearfar/mask.hpp>
 #include <nearfar/online_softmax.hpp>
 
@@ -30,36 +31,34 @@ class QueryTile {
   using Panel = OnlineSoftmax<T, panel_vectors>;
   static constexpr Index width = Panel::width;
 
-  /// Room for `capacity` queries of `dim` features against values of `value_dim`.
-  NEARFAR_NO_INLINE QueryTile(Scratch& scratch, Index capacity, Index dim, Index value_dim)
+  /// Of `count` queries of `dim` features, the first of them number `first` of its sequence, against values of
+  /// `value_dim`. The queries of a `block` see the same keys, or most of them.
+  NEARFAR_NO_INLINE QueryTile(Scratch& scratch, Index first, Index count, Index dim, Index value_dim,
+                              Index block = Window::unlimited)
       : dim_(dim),
         value_dim_(value_dim),
-        query_(scratch.take<T>(round_up(capacity, width) * dim)),
-        state_(scratch.take<T>(round_up(capacity, width) * state_rows())),
+        first_(first),
+        panels_(scratch, first, count, block),
+        query_(scratch.take<T>(panels_.count() * width * dim)),
+        state_(scratch.take<T>(panels_.count() * width * state_rows())),
         scores_(scratch.take<T>(KeyTile<T>::capacity * width)),
         sums_(scratch.take<T>(value_rows() * width)) {}
 
-  /// Takes `count` queries, the first of them number `first` of its sequence, times `factor`; sees no key yet.
+  /// Takes the queries of the tile, which begins at `rows`, times `factor`.
   template <class Storage>
-  void load(const Storage* rows, Index stride, Index first, Index count, T factor) {
-    begin(first, count);
-    load_until(count, rows, stride, factor);
+  void load(const Storage* rows, Index stride, T factor) {
+    load_until(panels_.queries(), rows, stride, factor);
   }
 
-  /// The same, but `load_until` takes the queries: those that a walk over the keys has not come to need no cache yet.
-  void begin(Index first, Index count) {
-    first_ = first;
-    count_ = count;
-    loaded_ = finished_ = 0;
-  }
-
-  /// Takes, panel by panel, at least the first `end` queries of the tile, which begins at `rows`.
+  /// The same, panel by panel, of at least the first `end` queries: those that a walk over the keys has not come to
+  /// need no cache yet.
   template <class Storage>
   void load_until(Index end, const Storage* rows, Index stride, T factor) {
-    for (; loaded_ * width < end; ++loaded_) {
+    for (; loaded() < end; ++loaded_) {
       const Index p = loaded_;
-      if (in_panel(p) < width) std::fill_n(query(p), width * dim_, T(0));
-      transpose(rows + p * width * stride, stride, in_panel(p), dim_, factor, query(p), width);
+      const Index count = panels_.size(p);
+      if (count % lanes<T> != 0) std::fill_n(query(p), width * dim_, T(0));
+      transpose(rows + panels_.begin(p) * stride, stride, count, dim_, factor, query(p), width);
       panel(p).start();
       T* const unused = panel(p).value + value_dim_ * width;
       std::fill(unused, panel(p).max + state_rows() * width, T(0));
@@ -74,25 +73,26 @@ class QueryTile {
     keys.complete();
     const bool finite = keys.values_are_finite();
     for (Index p = finished_; p < loaded_; ++p) {
+      const Index first = first_ + panels_.begin(p);
       Packet<T> max[panel_vectors];
       std::fill_n(max, panel_vectors, pset1<Packet<T>>(-infinity<T>));
       const auto hide_edges = [&](int vector, int vectors, Range range, Range all) {
         for (int v = vector; v < vector + vectors; ++v) {
-          hide(LaneMask<T, Band>{band, keys, first_ + p * width + v * lanes<T>}, range, all, scores_ + v * lanes<T>,
-               width, [&](const Packet<T>& masked) { max[v] = pmax(max[v], masked); });
+          hide(LaneMask<T, Band>{band, keys, first + v * lanes<T>}, range, all, scores_ + v * lanes<T>, width,
+               [&](const Packet<T>& masked) { max[v] = pmax(max[v], masked); });
         }
       };
-      meet(p, keys, PanelKeys(keys, band, first_ + p * width, in_panel(p)), finite, max, hide_edges);
+      meet(p, keys, PanelKeys(keys, band, first, panels_.size(p)), finite, max, hide_edges);
     }
   }
 
   /// Starts each query where attention to other keys, already finished, has left it: query i where row i / children of
   /// `out` stands with its log-sum-exp.
   void start_from(const T* out, Index stride, const double* log_sum_exp, Index children) {
-    for (Index p = 0; p < panels(); ++p) {
+    for (Index p = 0; p < panels_.count(); ++p) {
       const Panel softmax = panel(p);
-      const Index first = first_ + p * width;
-      const Index last = first + in_panel(p) - 1;
+      const Index first = first_ + panels_.begin(p);
+      const Index last = first + panels_.size(p) - 1;
       for (Index lane = 0; lane < width; ++lane) {
         const Index parent = std::min(first + lane, last) / children;
         const bool empty = log_sum_exp[parent] == -infinity<double>;
@@ -121,17 +121,17 @@ class QueryTile {
   /// log-sum-exp beside where that is not null.
   template <class Storage>
   void finish(Storage* out, Index stride, double* log_sum_exp, const T* factor = nullptr, KeepOrPastCaches store = {}) {
-    finish_until(count_, out, stride, log_sum_exp, factor, store);
+    finish_until(panels_.queries(), out, stride, log_sum_exp, factor, store);
   }
 
   /// The same of the panels that hold none but the first `end` queries: they meet no further keys.
   template <class Storage>
   void finish_until(Index end, Storage* out, Index stride, double* log_sum_exp, const T* factor,
                     KeepOrPastCaches store) {
-    for (; finished_ < panels() && finished_ * width + in_panel(finished_) <= end; ++finished_) {
-      const Index p = finished_;
-      panel(p).finish(in_panel(p), out + p * width * stride, stride,
-                      log_sum_exp == nullptr ? nullptr : log_sum_exp + p * width, factor, store);
+    for (; finished_ < panels_.count() && panels_.begin(finished_ + 1) <= end; ++finished_) {
+      const Index first = panels_.begin(finished_);
+      panel(finished_).finish(panels_.size(finished_), out + first * stride, stride,
+                              log_sum_exp == nullptr ? nullptr : log_sum_exp + first, factor, store);
     }
   }
 
@@ -139,16 +139,8 @@ class QueryTile {
   Lookahead& lookahead() { return lookahead_; }
 
   /// How many queries are loaded, and how many of these finished.
-  Index loaded() const { return std::min(loaded_ * width, count_); }
-  Index finished() const { return std::min(finished_ * width, count_); }
-
-  Index panels() const { return (count_ + width - 1) / width; }
-  Index in_panel(Index p) const { return std::min(width, count_ - p * width); }
-
-  Panel panel(Index p) const {
-    T* state = state_ + p * width * state_rows();
-    return {state, state + width, state + 2 * width, value_dim_};
-  }
+  Index loaded() const { return panels_.begin(loaded_); }
+  Index finished() const { return panels_.begin(finished_); }
 
  private:
   // The maximum, the sum and the value, whose features come in whole groups.
@@ -156,6 +148,11 @@ class QueryTile {
   Index value_rows() const { return round_up(value_dim_, group_rows); }
 
   T* query(Index p) const { return query_ + p * width * dim_; }
+
+  Panel panel(Index p) const {
+    T* state = state_ + p * width * state_rows();
+    return {state, state + width, state + 2 * width, value_dim_};
+  }
 
   // Attends to the keys that a panel meets; hide(vector, vectors, keys, all) hides those that not all of its queries
   // see. `finite` says whether the values are; `max`, of each vector, begins at -infinity.
@@ -247,8 +244,8 @@ class QueryTile {
 
   Index dim_;
   Index value_dim_;
-  Index first_ = 0;
-  Index count_ = 0;
+  Index first_;
+  Panels<T> panels_;
   Index loaded_ = 0;    // panels
   Index finished_ = 0;  // of these
   T* query_;

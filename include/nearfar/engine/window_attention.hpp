@@ -32,7 +32,7 @@ void window_attention_in_tiles(Work& work, const Heads& heads, Window window, do
     const Band band(window, rows.query_count, rows.key_count);
     const std::uint8_t* mask = key_mask(inputs, rows);
 
-    QueryTile<T> queries(scratch, tile.count, dim, value_dim);
+    QueryTile<T> queries(scratch, tile.first, tile.count, dim, value_dim);
     KeyTile<T> keys(scratch, dim, value_dim);
     const Tokens query =
         inputs.query.middle_rows(rows.query_begin + tile.first, tile.count).middle_cols(head * dim, dim);
@@ -73,7 +73,6 @@ void window_attention_in_tiles(Work& work, const Heads& heads, Window window, do
             log_sum_exp == nullptr ? nullptr : log_sum_exp + head * inputs.query.rows() + rows.query_begin + tile.first,
             factors.rows() == 0 ? nullptr : factors.row(head), store);
       };
-      queries.begin(tile.first, tile.count);
       while (seen.count() > 0) {
         seen.first = keys.take(key, value, mask, seen);
         load_until(begun(seen.first));
