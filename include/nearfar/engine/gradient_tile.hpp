@@ -59,8 +59,8 @@ class GradientTile {
   GradientTile& operator=(const GradientTile&) = delete;
 
   /// Takes at most `capacity` queries, the first of them number `first` of its sequence, with their log-sum-exp and
-  /// delta; their gradient is zero so far. The queries of a `block` see the same keys, or most of them; they must fit
-  /// the panels.
+  /// delta; their gradient is zero so far. Where the queries of a `block` see the same keys, or most of them, at most
+  /// fitting(block).
   template <class Storage>
   void load(Tokens<const Storage> query, Tokens<const Storage> grad_out, Index first, const double* log_sum_exp,
             const T* delta, T scale, Index block = Window::unlimited) {
