@@ -66,7 +66,6 @@ struct RowList {
   Index count = 0;
 
   T* operator[](Index i) const { return rows.row(number[i]); }
-  RowList part(Index first, Index length) const { return {rows, number + first, std::min(length, count - first)}; }
 };
 
 /// Where a pooling stands: of each head the maximum of the scores (-infinity before any row), and with weights
