@@ -31,8 +31,8 @@ class GradientTile {
   static constexpr Index width = panel_vectors * lanes<T>;
   static constexpr Index capacity = 240 / width * width;
 
-  /// How many queries of whole blocks it takes at a time.
-  static Index fitting(Index block) { return Panels<T>::fitting(capacity / width, block); }
+  /// How many queries, from number `first` on, it takes where those of a `block` see alike.
+  static Index fitting(Index first, Index block) { return Panels<T>::fitting(capacity / width, first, block); }
 
   GradientTile(Scratch& scratch, Index dim, Index value_dim)
       : dim_(dim),
@@ -60,7 +60,7 @@ class GradientTile {
 
   /// Takes at most `capacity` queries, the first of them number `first` of its sequence, with their log-sum-exp and
   /// delta; their gradient is zero so far. Where the queries of a `block` see the same keys, or most of them, at most
-  /// fitting(block).
+  /// fitting(first, block).
   template <class Storage>
   void load(Tokens<const Storage> query, Tokens<const Storage> grad_out, Index first, const double* log_sum_exp,
             const T* delta, T scale, Index block = Window::unlimited) {

@@ -41,8 +41,6 @@ class MultipoleGradient {
   /// delta and log_sum_exp are those of the sequence's queries, head by head, `stride` apart.
   void backward(const MultipoleWalk<T>& walk, bool far, T scale, const Inputs<T>& inputs, Tokens<const T> grad_out,
                 const double* log_sum_exp, const T* delta, Index stride) {
-    const Index block = tree_.block();
-    const Index tile_rows = GradientTile<T>::fitting(block);
     work_.for_each(segments_ * heads_.key_value, [&](Index task, Scratch& scratch) {
       const Index key_head = task % heads_.key_value;
       const Index s = task / heads_.key_value;
@@ -60,8 +58,7 @@ class MultipoleGradient {
         const Tokens<const T> query = inputs.query.middle_cols(head * dim, dim);
         const Tokens<const T> grad = grad_out.middle_cols(head * dim, dim);
         const auto tile_at = [&](Index first) {
-          const Index fitting = tile_rows < block ? std::min(tile_rows, block - first % block) : tile_rows;
-          return Tile{0, first, std::min(fitting, own.end - first)};
+          return Tile{0, first, std::min(GradientTile<T>::fitting(first, tree_.block()), own.end - first)};
         };
         for (Index first = own.first; first < own.end;) {
           const Tile tile = tile_at(first);
@@ -72,7 +69,7 @@ class MultipoleGradient {
           later.add(grad.row(first) + tile.count * grad.stride(), grad.stride(), next, dim);
           if (next > 0) walk.announce({0, first + tile.count, next}, key_head, later);
           queries.load(query.middle_rows(first, tile.count), grad.middle_rows(first, tile.count), first,
-                       log_sum_exp + head * stride + first, delta + head * stride + first, scale, block);
+                       log_sum_exp + head * stride + first, delta + head * stride + first, scale, tree_.block());
           queries.lookahead().and_then(&later);
           walk.near_field(tile, key_head, keys, queries.lookahead(), [&](const auto& band) {
             const Index end = keys.position(keys.count() - 1) + 1;

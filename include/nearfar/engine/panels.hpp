@@ -42,10 +42,11 @@ class Panels {
   Index begin(Index p) const { return begin_[p]; }
   Index size(Index p) const { return begin_[p + 1] - begin_[p]; }
 
-  /// How many queries, from the first of a block on, take at most `panels` of them: whole blocks if one fits.
-  static Index fitting(Index panels, Index block) {
+  /// How many queries, from number `first` on, to take into at most `panels` of them: whole blocks if one fits, where
+  /// `first` begins a block; else none of a further block.
+  static Index fitting(Index panels, Index first, Index block) {
     const Index together = (alike(block) + width - 1) / width;
-    return together <= panels ? panels / together * alike(block) : panels * width;
+    return together <= panels ? panels / together * alike(block) : std::min(panels * width, block - first % block);
   }
 
  private:

@@ -228,9 +228,8 @@ NEARFAR_INLINE void score_rows(const PoolingShape& shape, const T* weights, cons
     const bool ask = h == 0 || shape.own_columns;
     const Index segment = ask ? prefetch_columns<T> : cols;
     const auto fetch = [&](Index c) {
-      for (const T* later : block.later) {
-        if (ask) prefetch_row(later + column + c, std::min(segment, cols - c));
-      }
+      if (!ask) return;
+      for (const T* later : block.later) prefetch_row(later + column + c, std::min(segment, cols - c));
     };
     score_block<decltype(together)::value>(block.rows, column, weights + h * shape.cols() + column, cols, scores + h,
                                            shape.padded(), segment, fetch);
