@@ -32,8 +32,15 @@ class Lookahead {
   /// Whether all is fetched.
   bool done() const { return rows_ == 0; }
 
-  /// How many steps to take at a time, so that so many times fetch everything.
-  Index steps_at_a_time(Index times) const { return steps() / std::max<Index>(times, 1) + 1; }
+  /// How many steps fetch everything.
+  Index steps() const {
+    Index count = 0;
+    for (int r = 0; r < regions_; ++r) {
+      const Region& region = region_[static_cast<std::size_t>(r)];
+      count += region.rows * ((region.bytes - 1) / (lines_a_step * cache_line) + 1);
+    }
+    return count;
+  }
 
   /// One of how many inner steps of products should fetch, so that all of them together fetch everything evenly.
   Index pace(Index inner_steps) const { return std::clamp<Index>(inner_steps / std::max<Index>(steps(), 1), 4, 64); }
@@ -64,16 +71,6 @@ class Lookahead {
     Index bytes;
   };
 
-  // That fetch everything.
-  Index steps() const {
-    Index count = 0;
-    for (int r = 0; r < regions_; ++r) {
-      const Region& region = region_[static_cast<std::size_t>(r)];
-      count += region.rows * ((region.bytes - 1) / (lines_a_step * cache_line) + 1);
-    }
-    return count;
-  }
-
   void open(int region) {
     current_ = region;
     const Region& r = region_[static_cast<std::size_t>(region)];
@@ -92,6 +89,23 @@ class Lookahead {
   const char* end_ = nullptr;
   Index stride_ = 0;
   Index rows_ = 0;
+};
+
+/// Takes all steps of a lookahead, evenly over so many calls.
+class Spread {
+ public:
+  explicit Spread(const Lookahead& ahead = {}, Index calls = 1)
+      : ahead_(ahead), steps_(ahead.steps()), calls_(std::max<Index>(calls, 1)) {}
+
+  NEARFAR_INLINE void operator()() {
+    for (due_ += steps_; due_ >= calls_; due_ -= calls_) ahead_.step();
+  }
+
+ private:
+  Lookahead ahead_;
+  Index steps_;
+  Index calls_;
+  Index due_ = 0;
 };
 
 /// Takes a step of a lookahead every so many inner steps of a product.

@@ -149,15 +149,16 @@ NEARFAR_INLINE bool all_finite(const P& zeros) {
 }
 
 #if defined(__GNUC__)
-/// One step of sum_lanes: in runs of `Run` lanes, what a and b have in their even runs plus what they have in their odd
-/// runs, a and b taking turns.
-template <int Run, class P, std::size_t... Lane>
+/// One step of sum_lanes: of the runs of `Run` lanes, taken `Group` at a time, a has its even ones and then b its even
+/// ones; to these are added their odd ones.
+template <int Run, int Group, class P, std::size_t... Lane>
 NEARFAR_INLINE P fold(const P& a, const P& b, std::index_sequence<Lane...>) {
   typedef typename Eigen::internal::unpacket_traits<P>::type Lanes __attribute__((vector_size(sizeof(P))));
   constexpr auto source = [](int lane, int odd) {
     const int run = lane / Run;
-    const int of_b = run % 2 * static_cast<int>(sizeof...(Lane));
-    return of_b + (run - run % 2 + odd) * Run + lane % Run;
+    const int of_group = run % Group;
+    const int of_b = of_group / (Group / 2) * static_cast<int>(sizeof...(Lane));
+    return of_b + (run - of_group + of_group % (Group / 2) * 2 + odd) * Run + lane % Run;
   };
   const auto x = std::bit_cast<Lanes>(a);
   const auto y = std::bit_cast<Lanes>(b);
@@ -165,14 +166,19 @@ NEARFAR_INLINE P fold(const P& a, const P& b, std::index_sequence<Lane...>) {
                           __builtin_shufflevector(x, y, source(int{Lane}, 1)...));
 }
 
-template <int Run, class P>
+// Steps first within 128 bits, then among runs of 128 bits, four or two at a time: what one instruction shuffles,
+// without a table of lanes.
+template <int Run, int Step, class P>
 NEARFAR_INLINE P fold_all(P* packets) {
+  using T = typename Eigen::internal::unpacket_traits<P>::type;
   constexpr int width = Eigen::internal::unpacket_traits<P>::size;
-  if constexpr (Run < width) {
-    NEARFAR_UNROLL for (int i = 0; i < width; i += 2 * Run) {
-      packets[i] = fold<Run>(packets[i], packets[i + Run], std::make_index_sequence<width>{});
+  constexpr int runs = Run == 1 ? std::min(width, static_cast<int>(16 / sizeof(T))) : width / Run;
+  if constexpr (Step < width) {
+    NEARFAR_UNROLL for (int i = 0; i < width; i += 2 * Step) {
+      packets[i] = fold<Run, std::min(runs, 4)>(packets[i], packets[i + Step], std::make_index_sequence<width>{});
     }
-    return fold_all<2 * Run>(packets);
+    constexpr int next = 2 * Step;
+    return fold_all < next == Run * runs ? next : Run, next > (packets);
   } else {
     return packets[0];
   }
@@ -183,7 +189,7 @@ NEARFAR_INLINE P fold_all(P* packets) {
 template <class P>
 NEARFAR_INLINE P sum_lanes(P* packets) {
 #if defined(__GNUC__)
-  return fold_all<1>(packets);
+  return fold_all<1, 1>(packets);
 #else
   constexpr int width = Eigen::internal::unpacket_traits<P>::size;
   Eigen::internal::PacketBlock<P, width> block;

@@ -133,8 +133,7 @@ class NarrowGradient {
     T* delta;
     T* hidden_keys;  // of each key, four times: -infinity if it may not be seen, else 0
     T* hidden;       // of each pair of groups, by how far they are apart: likewise what the window hides
-    Lookahead ahead;
-    Index steps = 0;
+    Spread fetch;    // what the next tile reads
   };
 
   template <class Store>
@@ -166,8 +165,8 @@ class NarrowGradient {
 
   /// Copies the rows of one head, zeros in the place of what is not there or not shown.
   template <class Shown>
-  static void load(Tokens<const Scalar> from, Index begin, Index column, Index width, const Pairs& pairs, Shown&& shown,
-                   T* to) {
+  NEARFAR_NO_INLINE static void load(Tokens<const Scalar> from, Index begin, Index column, Index width,
+                                     const Pairs& pairs, Shown&& shown, T* to) {
     const Index filled = filled_width<T>(width);
     for (Index i = pairs.begin; i < pairs.begin + pairs.groups * edge; ++i, to += filled) {
       if (pairs.holds(i) && shown(i)) {
@@ -210,7 +209,7 @@ class NarrowGradient {
   }
 
   /// p and ds of all pairs of a group of queries.
-  void weigh(Index queries, Pairs& pairs) const {
+  NEARFAR_NO_INLINE void weigh(Index queries, Pairs& pairs) const {
     const T *query[edge], *grad_out[edge];
     for (Index q = 0; q < edge; ++q) {
       query[q] = pairs.query + (queries * edge + q) * dim_;
@@ -229,7 +228,7 @@ class NarrowGradient {
       Packet<T> score[product_packets<T>], grad_p[product_packets<T>];
       multiply_rows<T>(query, key, dim_, score);
       multiply_rows<T>(grad_out, value, value_dim_, grad_p);
-      for (Index s = 0; s < pairs.steps; ++s) pairs.ahead.step();
+      pairs.fetch();
       const Index at = pairs.at(queries, 0) + first * edge;
       const T* const hidden_pairs = pairs.hidden + at - pairs.at(queries, queries + pairs.first);
       NEARFAR_UNROLL for (Index v = 0; v < product_packets<T>; ++v) {
@@ -270,7 +269,7 @@ class NarrowGradient {
 
   /// Writes the gradients of a group of queries.
   template <class Store>
-  void sum_over_keys(Index head, Index queries, const Pairs& pairs, Store&& store) const {
+  NEARFAR_NO_INLINE void sum_over_keys(Index head, Index queries, const Pairs& pairs, Store&& store) const {
     const Range met = pairs.met_by(queries);
     const Tokens to = gradients_.query.middle_cols(head * heads_.dim, heads_.dim);
     const Rows rows(to, pairs.rows.query_begin, queries, pairs, false);
@@ -287,8 +286,8 @@ class NarrowGradient {
 
   /// to_j = scale sum_i factor_ij row_i for a group of keys j over the queries i that they meet, or adds that to it.
   template <class Store>
-  void sum_over_queries(const T* factor, const T* from, T scale, Index keys, const Pairs& pairs, Tokens<Scalar> to,
-                        bool add, Store&& store) const {
+  NEARFAR_NO_INLINE void sum_over_queries(const T* factor, const T* from, T scale, Index keys, const Pairs& pairs,
+                                          Tokens<Scalar> to, bool add, Store&& store) const {
     const Index width = filled_width<T>(to.cols());
     const Rows rows(to, pairs.rows.key_begin, keys, pairs, add);
     for_each_feature_block<T>(width, [&](auto vectors_, Index c) {
@@ -315,10 +314,11 @@ class NarrowGradient {
 
   /// What the next tile reads that this one has not.
   void look_ahead(Pairs& pairs, bool past) const {
+    Lookahead ahead;
     const Index first = pairs.begin + pairs.groups * edge, own = pairs.tile.first + pairs.tile.count;
     const auto add = [&](const auto& tokens, Index begin, Index from) {
       const Index count = std::clamp<Index>(pairs.rows.query_count - from, 0, tokens_a_tile);
-      pairs.ahead.add(tokens.row(begin + from), tokens.stride(), count, tokens.cols());
+      ahead.add(tokens.row(begin + from), tokens.stride(), count, tokens.cols());
     };
     add(inputs_.key, pairs.rows.key_begin, first);
     add(inputs_.value, pairs.rows.key_begin, first);
@@ -329,8 +329,8 @@ class NarrowGradient {
       add(gradients_.key, pairs.rows.key_begin, own);
       add(gradients_.value, pairs.rows.key_begin, own);
     }
-    pairs.steps = pairs.ahead.steps_at_a_time(heads_.query * pairs.own.count() * (pairs.last - pairs.first + 1) *
-                                              (edge / keys_at_once));
+    pairs.fetch =
+        Spread(ahead, heads_.query * pairs.own.count() * (pairs.last - pairs.first + 1) * (edge / keys_at_once));
   }
 
   const Heads& heads_;

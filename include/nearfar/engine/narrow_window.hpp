@@ -22,8 +22,9 @@ namespace detail {
 /// of rows, summed across lanes sixteen at a time, all kept as [key][query]; then their softmax, in one pass, since
 /// they all fit; then values by the register microkernel.
 ///
-/// There is so little work for each row that memory decides: a tile's keys are copied whole rows at a time, in the
-/// order in which they lie, and while it is at work the rows of the next tile are fetched.
+/// There is so little work for each row that memory decides: while a tile is at work, the rows of the next are fetched,
+/// whole and in the order in which they lie. So the keys of a head are near when they are copied side by side, and the
+/// copies of one head alone are what the first cache has to hold.
 template <class Scalar>
 class NarrowWindow {
  public:
@@ -47,21 +48,22 @@ class NarrowWindow {
     work.for_each(tiles.count(), [&](Index task, Scratch& scratch) {
       const Tile tile = tiles[task];
       const Sequence rows = sequence(inputs_, tile.sequence);
-      Keys keys(heads_.key_value * key_width_, heads_.key_value * value_width_, scratch);
-      gather(rows, tile, keys);
+      Keys keys(key_width_, value_width_, scratch);
+      find(rows, tile, keys);
       Bounds bounds[queries_a_tile / queries_at_once];
       for (Index i = 0; i < tile.count; i += queries_at_once) {
         bounds[i / queries_at_once] = bounds_of(rows, tile, i, keys);
       }
-      Ahead ahead = look_ahead(rows, tile, out);
+      Spread fetch = look_ahead(rows, tile, out);
       const Desk desk{scratch.take<T>(room), scratch.take<T>(queries_at_once * key_width_),
                       scratch.take<T>(queries_at_once * value_width_), scratch.take<T>(heads_.query * value_width_)};
       fill_factors(desk.factors);
       with_store(past_caches(out, heads_.value_width()), [&](auto store) {
         for (Index h = 0; h < heads_.query; ++h) {
+          if (h % heads_.group() == 0) load(rows, h / heads_.group(), keys);
           for (Index i = 0; i < tile.count; i += queries_at_once) {
             const Queries queries{rows.query_begin + tile.first + i, std::min(queries_at_once, tile.count - i)};
-            attend(queries, bounds[i / queries_at_once], keys, h, desk, ahead, out, store, log_sum_exp);
+            attend(queries, bounds[i / queries_at_once], keys, h, desk, fetch, out, store, log_sum_exp);
           }
         }
       });
@@ -78,14 +80,14 @@ class NarrowWindow {
     Index count;
   };
 
-  /// The keys of a tile, and their values, head by head, rows filled up. Places are counted from the first key that the
+  /// The keys of a tile and their values, of one head, rows filled up. Places are counted from the first key that the
   /// tile sees; that of each key stands four times, so that places compare with scores kept as [key][query].
   struct Keys {
     static constexpr Index capacity = queries_a_tile + narrow_window;
 
-    Keys(Index key_cols, Index value_cols, Scratch& scratch)
-        : key(scratch.take<T>(capacity * key_cols)),
-          value(scratch.take<T>(capacity * value_cols)),
+    Keys(Index key_width, Index value_width, Scratch& scratch)
+        : key(scratch.take<T>(capacity * key_width)),
+          value(scratch.take<T>(capacity * value_width)),
           position(scratch.take<Index>(capacity)),
           place(scratch.take<T>(queries_at_once * (capacity + keys_at_once))) {}
 
@@ -114,37 +116,31 @@ class NarrowWindow {
     T end[lanes<T>];
   };
 
-  /// What the next tile will read, and how fast it is fetched.
-  struct Ahead {
-    Lookahead rows;
-    Index steps = 0;
-  };
-
-  void gather(const Sequence& rows, const Tile& tile, Keys& keys) const {
+  // The keys that the tile sees.
+  void find(const Sequence& rows, const Tile& tile, Keys& keys) const {
     const std::uint8_t* mask = key_mask(inputs_, rows);
     const Range seen = Band(window_, rows.query_count, rows.key_count).seen_by_any(tile.first, tile.count);
     keys.origin = seen.first;
-    Packet<T> zeros = pset1<Packet<T>>(T(0));
     for (Index j = seen.first; j < seen.end; ++j) {
       if (mask != nullptr && mask[j] == 0) continue;
-      copy_heads(inputs_.key.row(rows.key_begin + j), heads_.dim, keys.key + keys.count * key_width_, key_width_);
-      zeros = por(zeros, copy_heads(inputs_.value.row(rows.key_begin + j), heads_.value_width(),
-                                    keys.value + keys.count * value_width_, value_width_));
-      keys.position[keys.count] = j;
       std::fill_n(keys.place + keys.count * queries_at_once, queries_at_once, T(j - keys.origin));
-      ++keys.count;
+      keys.position[keys.count++] = j;
     }
-    keys.values_are_finite = all_finite(zeros);
     // No query sees the places after the last key, which complete a group of keys_at_once.
     std::fill_n(keys.place + keys.count * queries_at_once, products_at_once, infinity<T>);
   }
 
-  Packet<T> copy_heads(const Scalar* row, Index width, T* to, Index stride) const {
+  // Copies what they are in one head.
+  NEARFAR_NO_INLINE void load(const Sequence& rows, Index head, Keys& keys) const {
+    const Index dim = heads_.dim, value_dim = heads_.value_width();
     Packet<T> zeros = pset1<Packet<T>>(T(0));
-    for (Index h = 0; h < heads_.key_value; ++h, row += width, to += Keys::capacity * stride) {
-      zeros = por(zeros, copy_filled(row, width, to));
+    for (Index j = 0; j < keys.count; ++j) {
+      const Index row = rows.key_begin + keys.position[j];
+      copy_filled(inputs_.key.row(row) + head * dim, dim, keys.key + j * key_width_);
+      zeros =
+          por(zeros, copy_filled(inputs_.value.row(row) + head * value_dim, value_dim, keys.value + j * value_width_));
     }
-    return zeros;
+    keys.values_are_finite = all_finite(zeros);
   }
 
   void fill_factors(T* factors) const {
@@ -169,31 +165,29 @@ class NarrowWindow {
     return bounds;
   }
 
-  // What the next tile reads that this one has not.
-  Ahead look_ahead(const Sequence& rows, const Tile& tile, Tokens<Scalar> out) const {
+  // Fetches what the next tile reads that this one has not, while this one takes its scores.
+  Spread look_ahead(const Sequence& rows, const Tile& tile, Tokens<Scalar> out) const {
     const Band band(window_, rows.query_count, rows.key_count);
     const Index last = tile.first + tile.count;
     const Index next = std::min(queries_a_tile, rows.query_count - last);
-    Ahead ahead;
-    if (next <= 0) return ahead;
+    if (next <= 0) return Spread();
+    Lookahead ahead;
     const Range keys{band.end(last - 1), band.end(last + next - 1)};
     const auto add = [&](const auto& tokens, Index first, Index count) {
-      ahead.rows.add(tokens.row(first), tokens.stride(), count, tokens.cols());
+      ahead.add(tokens.row(first), tokens.stride(), count, tokens.cols());
     };
     add(inputs_.key, rows.key_begin + keys.first, keys.count());
     add(inputs_.value, rows.key_begin + keys.first, keys.count());
     add(inputs_.query, rows.query_begin + last, next);
     if (!past_caches(out, heads_.value_width())) add(out, rows.query_begin + last, next);
-    const Index seen = window_.left + window_.right + 1;
-    ahead.steps = ahead.rows.steps_at_a_time(tile.count * heads_.query * seen / products_at_once);
-    return ahead;
+    const Index groups = (window_.left + window_.right + queries_at_once) / keys_at_once;
+    return Spread(ahead, heads_.query * tile.count / queries_at_once * groups);
   }
 
   template <class Store>
-  void attend(Queries queries, const Bounds& bounds, const Keys& keys, Index head, const Desk& desk, Ahead& ahead,
+  void attend(Queries queries, const Bounds& bounds, const Keys& keys, Index head, const Desk& desk, Spread& fetch,
               Tokens<Scalar> out, Store&& store, double* log_sum_exp) const {
-    const Index first = head / heads_.group() * Keys::capacity + bounds.keys.first;
-    const Index count = bounds.keys.count();
+    const Index first = bounds.keys.first, count = bounds.keys.count();
     // Where fewer than four queries are left the last one stands in for the others, and is written once.
     const auto row = [&](Index q) { return queries.first + std::min(q, queries.count - 1); };
     const T* query[queries_at_once];
@@ -204,7 +198,7 @@ class NarrowWindow {
       query[q] = desk.query + q * key_width_;
     }
 
-    const Packet<T> max = score(query, keys.key + first * key_width_, bounds, keys, desk.weights, ahead);
+    const Packet<T> max = score(query, bounds, keys, desk.weights, fetch);
     const Packet<T> sum = weigh(desk.weights, count, max);
 
     constexpr Index several = std::max<Index>(lanes<T>, queries_at_once);
@@ -263,27 +257,26 @@ class NarrowWindow {
 
   // Scores as [key][query], -infinity where a query does not see a key; and their maxima, that of query q in all lanes
   // that are q modulo 4.
-  Packet<T> score(const T* const (&query)[queries_at_once], const T* keys, const Bounds& bounds, const Keys& tile,
-                  T* scores, Ahead& ahead) const {
+  NEARFAR_NO_INLINE Packet<T> score(const T* const (&query)[queries_at_once], const Bounds& bounds, const Keys& keys,
+                                    T* scores, Spread& fetch) const {
     const Packet<T> from = ploadu<Packet<T>>(bounds.from);
     const Packet<T> end = ploadu<Packet<T>>(bounds.end);
     const Packet<T> scale = pset1<Packet<T>>(scale_);
     const Packet<T> hidden = pset1<Packet<T>>(-infinity<T>);
     Packet<T> largest = hidden;
-    const Index count = bounds.keys.count();
-    for (Index j = 0; j < count; j += keys_at_once) {
+    for (Index j = bounds.keys.first; j < bounds.keys.end; j += keys_at_once, scores += products_at_once) {
       const T* key[keys_at_once];
-      for (Index k = 0; k < keys_at_once; ++k) key[k] = keys + std::min(j + k, count - 1) * key_width_;
+      for (Index k = 0; k < keys_at_once; ++k) key[k] = keys.key + std::min(j + k, bounds.keys.end - 1) * key_width_;
       Packet<T> sums[product_packets<T>];
       multiply_rows<T>(query, key, key_width_, sums);
-      for (Index s = 0; s < ahead.steps; ++s) ahead.rows.step();
-      const T* place = tile.place + (bounds.keys.first + j) * queries_at_once;
+      fetch();
+      const T* place = keys.place + j * queries_at_once;
       NEARFAR_UNROLL for (Index p = 0; p < product_packets<T>; ++p) {
         const Packet<T> at = ploadu<Packet<T>>(place + p * lanes<T>);
         const Packet<T> before_end = pselect(pcmp_lt(at, end), pmul(sums[p], scale), hidden);
         const Packet<T> score = pselect(pcmp_lt(at, from), hidden, before_end);
         largest = pmax(largest, score);
-        pstoreu(scores + j * queries_at_once + p * lanes<T>, score);
+        pstoreu(scores + p * lanes<T>, score);
       }
     }
     return fold_across<queries_at_once>(largest, [](const auto& a, const auto& b) { return pmax(a, b); });
