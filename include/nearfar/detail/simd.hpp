@@ -90,6 +90,20 @@ NEARFAR_INLINE void prefetch_row(const T* row, Index count) {
   prefetch_far(row + count - 1);
 }
 
+/// In each lane x where a < b, else y. With vectors of 64 bytes Eigen's comparison fills a vector that its selection
+/// compares again.
+template <class P>
+NEARFAR_INLINE P select_less(const P& a, const P& b, const P& x, const P& y) {
+#if defined(__GNUC__)
+  if constexpr (sizeof(P) == 64) {
+    typedef typename Eigen::internal::unpacket_traits<P>::type Lanes __attribute__((vector_size(sizeof(P))));
+    const auto less = std::bit_cast<Lanes>(a) < std::bit_cast<Lanes>(b);
+    return std::bit_cast<P>(less ? std::bit_cast<Lanes>(x) : std::bit_cast<Lanes>(y));
+  }
+#endif
+  return pselect(pcmp_lt(a, b), x, y);
+}
+
 /// Loads a vector once, for several uses: left to itself the compiler may read memory again for each of them, and a
 /// load costs as much as a multiply-add.
 template <class P, class T>

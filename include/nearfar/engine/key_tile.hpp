@@ -26,7 +26,6 @@ class KeyTile {
  public:
   static constexpr Index capacity = 128 / group_rows * group_rows;
   static_assert(group_rows % weights_at_once == 0, "The weights of a group are taken together.");
-  static_assert(group_rows * group_rows % lanes<T> == 0, "A group of values is whole vectors.");
 
   NEARFAR_NO_INLINE KeyTile(Scratch& scratch, Index dim, Index value_dim)
       : dim_(dim),
@@ -48,16 +47,19 @@ class KeyTile {
   Index key_stride() const { return round_up(dim_, group_rows); }
   Index value_stride() const { return round_up(value_dim_, group_rows); }
 
-  void clear() { count_ = 0; }
+  void clear() { truncate(0); }
 
   /// Keeps the first `count` keys.
-  void truncate(Index count) { count_ = count; }
+  void truncate(Index count) {
+    count_ = count;
+    if (count == 0) zeros_ = pset1<Packet<T>>(T(0));
+  }
 
   /// Copies one more key, which stands at `position` in its sequence. Positions increase from key to key.
   template <class Storage>
   void append(const Storage* key, const Storage* value, Index position, T bias = T(0)) {
     copy(key, dim_, key_ + count_ * key_stride());
-    copy(value, value_dim_, value_ + count_ * value_stride());
+    zeros_ = por(zeros_, copy(value, value_dim_, value_ + count_ * value_stride()));
     bias_[count_] = bias;
     position_[count_] = position;
     ++count_;
@@ -75,10 +77,14 @@ class KeyTile {
     }
     const auto copy_rows = [places = position_, offset, first = before, end = count_](Tokens<const Storage> from,
                                                                                       Index cols, T* to, Index stride) {
-      for (Index j = first; j < end; ++j) copy(from.row(places[j] - offset), cols, to + j * stride);
+      Packet<T> zeros = pset1<Packet<T>>(T(0));
+      for (Index j = first; j < end; ++j) {
+        zeros = por(zeros, copy(from.row(places[j] - offset), cols, to + j * stride));
+      }
+      return zeros;
     };
     copy_rows(key, dim_, key_, key_stride());
-    copy_rows(value, value_dim_, value_, value_stride());
+    zeros_ = por(zeros_, copy_rows(value, value_dim_, value_, value_stride()));
     std::fill(bias_ + before, bias_ + count_, T(0));
     return row;
   }
@@ -92,14 +98,9 @@ class KeyTile {
     std::fill_n(position_ + count_, missing, Index(0));
   }
 
-  /// Whether the values of a complete tile are finite: else a weight of zero times a value may not be zero.
-  NEARFAR_NO_INLINE bool values_are_finite() const {
-    Packet<T> zeros = pset1<Packet<T>>(T(0));
-    for (Index c = 0; c < round_up(count_, group_rows) * value_stride(); c += lanes<T>) {
-      zeros = por(zeros, zero_if_finite(ploadu<Packet<T>>(value_ + c)));
-    }
-    return all_finite(zeros);
-  }
+  /// Whether all values are finite that the tile has taken since it was empty: else a weight of zero times a value may
+  /// not be zero.
+  bool values_are_finite() const { return all_finite(zeros_); }
 
   /// The keys that stand in a range of positions, as a range of places in this tile.
   NEARFAR_NO_INLINE Range within(Range positions) const {
@@ -117,13 +118,22 @@ class KeyTile {
   Index position(Index j) const { return position_[j]; }
 
  private:
+  // Gives zeros, with NaN among them if any number is not finite.
   template <class Storage>
-  NEARFAR_INLINE static void copy(const Storage* from, Index count, T* to) {
+  NEARFAR_INLINE static Packet<T> copy(const Storage* from, Index count, T* to) {
+    Packet<T> zeros = pset1<Packet<T>>(T(0));
     Index c = 0;
     if constexpr (std::is_same_v<Storage, T>) {
-      for (; c + lanes<T> <= count; c += lanes<T>) pstoreu(to + c, ploadu<Packet<T>>(from + c));
+      for (; c + lanes<T> <= count; c += lanes<T>) {
+        const Packet<T> numbers = ploadu<Packet<T>>(from + c);
+        zeros = por(zeros, zero_if_finite(numbers));
+        pstoreu(to + c, numbers);
+      }
     }
-    for (; c < count; ++c) to[c] = T(from[c]);
+    if (c == count) return zeros;
+    T rest = 0;
+    for (; c < count; ++c) rest += zero_if_finite(to[c] = T(from[c]));
+    return por(zeros, pset1<Packet<T>>(rest));
   }
 
   // The place of the first key that does not stand before `position`.
@@ -139,6 +149,7 @@ class KeyTile {
   T* value_;
   T* bias_;
   Index* position_;
+  Packet<T> zeros_ = pset1<Packet<T>>(T(0));
   Index count_ = 0;
 };
 

@@ -19,13 +19,13 @@ struct LaneMask {
 
   NEARFAR_INLINE Packet<T> operator()(Index j, const Packet<T>& score) const {
     const Range seeing = band.seeing(keys.position(j));
-    const auto place = [&](Index query) {
-      return pset1<Packet<T>>(static_cast<T>(std::clamp<Index>(query - first, 0, lanes<T>)));
-    };
     const Packet<T> lane = plset<Packet<T>>(T(0));
     const Packet<T> hidden = pset1<Packet<T>>(-infinity<T>);
-    const Packet<T> before_end = pselect(pcmp_lt(lane, place(seeing.end)), score, hidden);
-    return pselect(pcmp_lt(lane, place(seeing.first)), hidden, before_end);
+    const auto place = [&](Index query) { return pset1<Packet<T>>(static_cast<T>(query - first)); };
+    Packet<T> shown = score;
+    if (seeing.end < first + lanes<T>) shown = select_less(lane, place(seeing.end), shown, hidden);
+    if (seeing.first > first) shown = select_less(lane, place(seeing.first), hidden, shown);
+    return shown;
   }
 };
 

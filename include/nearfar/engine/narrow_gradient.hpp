@@ -235,7 +235,7 @@ class NarrowGradient {
         const Packet<T> hidden = padd(ploadu<Packet<T>>(hidden_pairs + v * lanes<T>),
                                       ploadu<Packet<T>>(pairs.hidden_keys + first * edge + v * lanes<T>));
         const Packet<T> shown = psub(psub(pmul(score[v], scale), shift), rest);
-        const Packet<T> p = exp2<T>(pselect(pcmp_eq(hidden, pset1<Packet<T>>(T(0))), shown, hidden));
+        const Packet<T> p = exp2<T>(select_less(hidden, pset1<Packet<T>>(T(0)), hidden, shown));
         pstoreu(pairs.p + at + v * lanes<T>, p);
         pstoreu(pairs.ds + at + v * lanes<T>, pmul(p, psub(grad_p[v], delta)));
       }

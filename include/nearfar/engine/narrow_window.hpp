@@ -273,8 +273,8 @@ class NarrowWindow {
       const T* place = keys.place + j * queries_at_once;
       NEARFAR_UNROLL for (Index p = 0; p < product_packets<T>; ++p) {
         const Packet<T> at = ploadu<Packet<T>>(place + p * lanes<T>);
-        const Packet<T> before_end = pselect(pcmp_lt(at, end), pmul(sums[p], scale), hidden);
-        const Packet<T> score = pselect(pcmp_lt(at, from), hidden, before_end);
+        const Packet<T> before_end = select_less(at, end, Packet<T>(pmul(sums[p], scale)), hidden);
+        const Packet<T> score = select_less(at, from, hidden, before_end);
         largest = pmax(largest, score);
         pstoreu(scores + p * lanes<T>, score);
       }
