@@ -2,6 +2,7 @@
 
 #include <cblas.h>
 
+#include <cstdio>
 #include <limits>
 
 // What one builds by hand from a fast BLAS: the same algorithms in blocks, each product a call of sgemm, a head's block
@@ -144,6 +145,8 @@ void attend_linearly(const nearfar::Heads& heads, bool causal, const nearfar::In
 
 void add_openblas(Suite& suite) {
   openblas_set_num_threads(1);
+  // One that is older than the machine may take it for a very old one.
+  std::printf("OpenBLAS takes its kernels for %s; OPENBLAS_CORETYPE names others\n", openblas_get_corename());
   const auto add_peer = [&suite](const char* mechanism, bool causal, Index quick, auto flops, auto attend_with) {
     add<float>(suite, {.family = "peer/openblas",
                        .mechanism = mechanism,

@@ -130,7 +130,7 @@ class NarrowWindow {
     std::fill_n(keys.place + keys.count * queries_at_once, products_at_once, infinity<T>);
   }
 
-  // Copies what they are in one head.
+  // Copies their rows of one head.
   NEARFAR_NO_INLINE void load(const Sequence& rows, Index head, Keys& keys) const {
     const Index dim = heads_.dim, value_dim = heads_.value_width();
     Packet<T> zeros = pset1<Packet<T>>(T(0));
