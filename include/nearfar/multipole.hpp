@@ -305,10 +305,11 @@ class Multipole {
       const bool past = detail::columns_past_caches(out, dim);
       detail::Lookahead later;
       if (!past) later.add(result.data(), result.stride(), tile.count, dim);
-      if (head + 1 < heads_.query) {
-        // The next task is likely this tile's next head.
-        later.add(query.data() + dim, query.stride(), tile.count, dim);
-        walk.announce(place, (head + 1) / heads_.group(), later);
+      // This thread's next task is likely another head of this tile: other threads take those between.
+      const Index next_head = head + work.threads();
+      if (next_head < heads_.query) {
+        later.add(query.data() + (next_head - head) * dim, query.stride(), tile.count, dim);
+        walk.announce(place, next_head / heads_.group(), later);
       }
       queries.load(query.data(), query.stride(), scale() * detail::log2_e<T>);
       if (pooled != nullptr) pooled->hand_down(head, queries);

@@ -59,7 +59,7 @@ class NarrowGradient {
       const Tile tile = tiles[task];
       Pairs pairs(*this, sequence(inputs_, tile.sequence), tile, scratch);
       hide(pairs);
-      look_ahead(pairs, past);
+      look_ahead(pairs, work.threads(), past);
       for (Index g = 0; g < heads_.key_value; ++g) {
         past ? differentiate(g, pairs, PastCaches{}) : differentiate(g, pairs, Keep{});
       }
@@ -312,18 +312,20 @@ class NarrowGradient {
     rows.finish();
   }
 
-  /// What the next tile reads that this one has not.
-  void look_ahead(Pairs& pairs, bool past) const {
+  /// Fetches what this thread's next tile likely reads that this one has not.
+  void look_ahead(Pairs& pairs, Index threads, bool past) const {
     Lookahead ahead;
-    const Index first = pairs.begin + pairs.groups * edge, own = pairs.tile.first + pairs.tile.count;
-    const auto add = [&](const auto& tokens, Index begin, Index from) {
-      const Index count = std::clamp<Index>(pairs.rows.query_count - from, 0, tokens_a_tile);
-      ahead.add(tokens.row(begin + from), tokens.stride(), count, tokens.cols());
+    const Index step = threads * tokens_a_tile, end = pairs.begin + pairs.groups * edge;
+    const Range met{std::max(pairs.begin + step, end), end + step};
+    const Range own{pairs.tile.first + step, pairs.tile.first + step + tokens_a_tile};
+    const auto add = [&](const auto& tokens, Index begin, Range next) {
+      const Index count = std::min(next.end, pairs.rows.query_count) - next.first;
+      if (count > 0) ahead.add(tokens.row(begin + next.first), tokens.stride(), count, tokens.cols());
     };
-    add(inputs_.key, pairs.rows.key_begin, first);
-    add(inputs_.value, pairs.rows.key_begin, first);
-    add(inputs_.query, pairs.rows.query_begin, first);
-    add(grad_out_, pairs.rows.query_begin, first);
+    add(inputs_.key, pairs.rows.key_begin, met);
+    add(inputs_.value, pairs.rows.key_begin, met);
+    add(inputs_.query, pairs.rows.query_begin, met);
+    add(grad_out_, pairs.rows.query_begin, met);
     if (!past) {
       add(gradients_.query, pairs.rows.query_begin, own);
       add(gradients_.key, pairs.rows.key_begin, own);

@@ -54,7 +54,7 @@ class NarrowWindow {
       for (Index i = 0; i < tile.count; i += queries_at_once) {
         bounds[i / queries_at_once] = bounds_of(rows, tile, i, keys);
       }
-      Spread fetch = look_ahead(rows, tile, out);
+      Spread fetch = look_ahead(rows, tile, work.threads(), out);
       const Desk desk{scratch.take<T>(room), scratch.take<T>(queries_at_once * key_width_),
                       scratch.take<T>(queries_at_once * value_width_), scratch.take<T>(heads_.query * value_width_)};
       fill_factors(desk.factors);
@@ -165,21 +165,21 @@ class NarrowWindow {
     return bounds;
   }
 
-  // Fetches what the next tile reads that this one has not, while this one takes its scores.
-  Spread look_ahead(const Sequence& rows, const Tile& tile, Tokens<Scalar> out) const {
+  // Fetches what this thread's next tile likely reads that this one has not, while this one takes its scores.
+  Spread look_ahead(const Sequence& rows, const Tile& tile, Index threads, Tokens<Scalar> out) const {
     const Band band(window_, rows.query_count, rows.key_count);
-    const Index last = tile.first + tile.count;
-    const Index next = std::min(queries_a_tile, rows.query_count - last);
+    const Index first = tile.first + threads * queries_a_tile;
+    const Index next = std::min(queries_a_tile, rows.query_count - first);
     if (next <= 0) return Spread();
     Lookahead ahead;
-    const Range keys{band.end(last - 1), band.end(last + next - 1)};
-    const auto add = [&](const auto& tokens, Index first, Index count) {
-      ahead.add(tokens.row(first), tokens.stride(), count, tokens.cols());
+    const Range keys{std::max(band.first(first), band.end(tile.first + tile.count - 1)), band.end(first + next - 1)};
+    const auto add = [&](const auto& tokens, Index row, Index count) {
+      ahead.add(tokens.row(row), tokens.stride(), count, tokens.cols());
     };
     add(inputs_.key, rows.key_begin + keys.first, keys.count());
     add(inputs_.value, rows.key_begin + keys.first, keys.count());
-    add(inputs_.query, rows.query_begin + last, next);
-    if (!past_caches(out, heads_.value_width())) add(out, rows.query_begin + last, next);
+    add(inputs_.query, rows.query_begin + first, next);
+    if (!past_caches(out, heads_.value_width())) add(out, rows.query_begin + first, next);
     const Index groups = (window_.left + window_.right + queries_at_once) / keys_at_once;
     return Spread(ahead, heads_.query * tile.count / queries_at_once * groups);
   }

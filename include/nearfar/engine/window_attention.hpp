@@ -54,12 +54,13 @@ void window_attention_in_tiles(Work& work, const Heads& heads, Window window, do
     };
 
     Lookahead later;
-    if (head + 1 < heads.query) {
-      // The next task is likely this tile's next head.
-      const Index columns = (head + 1) % heads.group() == 0 ? dim : 0;
-      later.add(query.data() + dim, query.stride(), begun(seen.first + next_keys()), dim);
-      later.add(key.row(seen.first) + columns, key.stride(), next_keys(), dim);
-      later.add(value.row(seen.first) + columns / dim * value_dim, value.stride(), next_keys(), value_dim);
+    // This thread's next task is likely another head of this tile: other threads take those between.
+    const Index next_head = head + work.threads();
+    if (next_head < heads.query) {
+      const Index key_heads = next_head / heads.group() - key_head;
+      later.add(query.data() + (next_head - head) * dim, query.stride(), begun(seen.first + next_keys()), dim);
+      later.add(key.row(seen.first) + key_heads * dim, key.stride(), next_keys(), dim);
+      later.add(value.row(seen.first) + key_heads * value_dim, value.stride(), next_keys(), value_dim);
     }
     Lookahead& ahead = queries.lookahead();
     ahead.and_then(&later);
