@@ -3,9 +3,10 @@
 
 #include <gtest/gtest.h>
 
+#include <limits>
 #include <vector>
 
-// What stands on Eigen's packets: sums across lanes, and the pace at which rows are fetched ahead.
+// What stands on Eigen's packets: sums across lanes and selections; and how many steps fetch rows ahead.
 
 namespace nearfar::test {
 namespace {
@@ -27,6 +28,23 @@ TYPED_TEST(Simd, SumsEachOfAsManyPacketsAsOneHasLanes) {
     T sum = 0;
     for (Index lane = 0; lane < width; ++lane) sum += numbers[p * width + lane];
     EXPECT_EQ(sums[p], sum) << "packet " << p;
+  }
+}
+
+TYPED_TEST(Simd, SelectsWhereTheFirstIsLess) {
+  using T = TypeParam;
+  using P = detail::Packet<T>;
+  constexpr Index width = detail::lanes<T>;
+  const P lane = detail::plset<P>(T(0));
+  const P hidden = detail::pset1<P>(-std::numeric_limits<T>::infinity());
+  const P nan = detail::pset1<P>(std::numeric_limits<T>::quiet_NaN());
+  for (Index place = -1; place <= width; ++place) {
+    T selected[width];
+    detail::pstoreu(selected, P(detail::select_less(lane, detail::pset1<P>(static_cast<T>(place)), nan, hidden)));
+    for (Index i = 0; i < width; ++i) {
+      EXPECT_EQ(selected[i] != selected[i], i < place) << "lane " << i << " of " << place;
+      EXPECT_EQ(selected[i] == -std::numeric_limits<T>::infinity(), i >= place) << "lane " << i << " of " << place;
+    }
   }
 }
 

@@ -79,6 +79,9 @@ class Work {
 
   int threads() const { return context_.crew_.size(); }
 
+  /// The task that a thread likely takes after this one: the others take those between.
+  Index likely_next(Index task) const { return task + threads(); }
+
   /// Memory that all tasks may read, given back when the call ends.
   template <class T>
   T* take(Index count) {

@@ -305,8 +305,8 @@ class Multipole {
       const bool past = detail::columns_past_caches(out, dim);
       detail::Lookahead later;
       if (!past) later.add(result.data(), result.stride(), tile.count, dim);
-      // This thread's next task is likely another head of this tile: other threads take those between.
-      const Index next_head = head + work.threads();
+      // Tasks are numbered head by head within a tile.
+      const Index next_head = work.likely_next(head);
       if (next_head < heads_.query) {
         later.add(query.data() + (next_head - head) * dim, query.stride(), tile.count, dim);
         walk.announce(place, next_head / heads_.group(), later);

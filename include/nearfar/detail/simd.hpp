@@ -192,7 +192,8 @@ NEARFAR_INLINE P fold_all(P* packets) {
       packets[i] = fold<Run, std::min(runs, 4)>(packets[i], packets[i + Step], std::make_index_sequence<width>{});
     }
     constexpr int next = 2 * Step;
-    return fold_all < next == Run * runs ? next : Run, next > (packets);
+    constexpr int run = next == Run * runs ? next : Run;
+    return fold_all<run, next>(packets);
   } else {
     return packets[0];
   }

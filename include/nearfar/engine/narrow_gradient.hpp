@@ -163,7 +163,8 @@ class NarrowGradient {
     }
   }
 
-  /// Copies the rows of one head, zeros in the place of what is not there or not shown.
+  /// Copies the rows of one head, zeros in the place of what is not there or not shown. By itself, as what sums and
+  /// weighs: within the walk their pointers do not fit the registers.
   template <class Shown>
   NEARFAR_NO_INLINE static void load(Tokens<const Scalar> from, Index begin, Index column, Index width,
                                      const Pairs& pairs, Shown&& shown, T* to) {

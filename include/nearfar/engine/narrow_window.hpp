@@ -130,7 +130,7 @@ class NarrowWindow {
     std::fill_n(keys.place + keys.count * queries_at_once, products_at_once, infinity<T>);
   }
 
-  // Copies their rows of one head.
+  // Copies their rows of one head. By itself, as `score`: within the walk its pointers do not fit the registers.
   NEARFAR_NO_INLINE void load(const Sequence& rows, Index head, Keys& keys) const {
     const Index dim = heads_.dim, value_dim = heads_.value_width();
     Packet<T> zeros = pset1<Packet<T>>(T(0));

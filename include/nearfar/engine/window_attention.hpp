@@ -54,8 +54,8 @@ void window_attention_in_tiles(Work& work, const Heads& heads, Window window, do
     };
 
     Lookahead later;
-    // This thread's next task is likely another head of this tile: other threads take those between.
-    const Index next_head = head + work.threads();
+    // Tasks are numbered head by head within a tile.
+    const Index next_head = work.likely_next(head);
     if (next_head < heads.query) {
       const Index key_heads = next_head / heads.group() - key_head;
       later.add(query.data() + (next_head - head) * dim, query.stride(), begun(seen.first + next_keys()), dim);
