@@ -29,6 +29,11 @@ class Lookahead {
     if (rows_ == 0) open(regions_ - 1);
   }
 
+  template <class T>
+  void add(const Tokens<T>& rows) {
+    add(rows.data(), rows.stride(), rows.rows(), rows.cols());
+  }
+
   /// Whether all is fetched.
   bool done() const { return rows_ == 0; }
 
@@ -46,8 +51,9 @@ class Lookahead {
   Index pace(Index inner_steps) const { return std::clamp<Index>(inner_steps / std::max<Index>(steps(), 1), 4, 64); }
 
   NEARFAR_INLINE void step() {
-    if (rows_ > 0) return fetch();
-    if (later_ != nullptr && later_->rows_ > 0) later_->fetch();
+    Lookahead* due = this;
+    while (due != nullptr && due->rows_ == 0) due = due->later_;
+    if (due != nullptr) due->fetch();
   }
 
  private:

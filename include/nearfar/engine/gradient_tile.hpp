@@ -31,6 +31,9 @@ class GradientTile {
   static constexpr Index width = panel_vectors * lanes<T>;
   static constexpr Index capacity = 240 / width * width;
 
+  /// One of so many inner steps of its products fetches.
+  static constexpr Index pace = 16;
+
   /// How many queries, from number `first` on, it takes where those of a `block` see alike.
   static Index fitting(Index first, Index block) { return Panels<T>::fitting(capacity / width, first, block); }
 
@@ -169,7 +172,7 @@ class GradientTile {
         keys.key(range.first), range.count(), query_lanes_ + p * width * dim_ + vector * lanes<T>, width, dim_,
         [&](Index j, int) { return pset1<Packet<T>>(keys.bias(range.first + j)); },
         [&](Index j, int v, const Packet<T>& product) { pstoreu(scores + j * width + v * lanes<T>, product); },
-        Pace{lookahead_, 32});
+        Pace{lookahead_, pace});
   }
 
   // Turns the scores of a vector into weights. Not where the scores are finished: exp2's constants would take the
@@ -202,7 +205,7 @@ class GradientTile {
           const Packet<T> grad = psub(grad_weight, ploadu<Packet<T>>(delta + v * lanes<T>));
           pstoreu(grad_score_ + place, pmul(ploadu<Packet<T>>(weight_ + place), grad));
         },
-        Pace{lookahead_, 32});
+        Pace{lookahead_, pace});
   }
 
   template <int Vectors>
@@ -212,7 +215,7 @@ class GradientTile {
         keys.key_transposed(range.first), keys.key_stride(), grad_score_ + range.first * width + vector * lanes<T>,
         width, range.count(), [&](Index c, int v) { return ploadu<Packet<T>>(grad_query + c * width + v * lanes<T>); },
         [&](Index c, int v, const Packet<T>& sum) { pstoreu(grad_query + c * width + v * lanes<T>, sum); },
-        Pace{lookahead_, 32});
+        Pace{lookahead_, pace});
   }
 
   template <class Storage>
@@ -228,7 +231,7 @@ class GradientTile {
           Broadcast<T>{factor, width, 1}, group_rows, rows + column, stride, Vectors * lanes<T>,
           [&](Index j, int v) { return ploadu<Packet<T>>(sums + j * stride + column + v * lanes<T>); },
           [&](Index j, int v, const Packet<T>& sum) { pstoreu(sums + j * stride + column + v * lanes<T>, sum); },
-          Pace{rows_ahead_, 16});
+          Pace{rows_ahead_, pace});
     });
   }
 
