@@ -77,17 +77,11 @@ inline constexpr Index cache_line = 64;
 NEARFAR_INLINE void prefetch_far(const void* address) {
 #if defined(__GNUC__)
   __builtin_prefetch(address, 0, 2);
+  // Without it g++ takes a function that does nothing else for one that does nothing, and leaves out its calls.
+  __asm__ volatile("");
 #else
   (void)address;
 #endif
-}
-
-/// Asks for all lines of a row of `count` numbers.
-template <class T>
-NEARFAR_INLINE void prefetch_row(const T* row, Index count) {
-  for (Index c = 0; c < count; c += cache_line / Index{sizeof(T)}) prefetch_far(row + c);
-  // Rows that begin within a line end within another.
-  prefetch_far(row + count - 1);
 }
 
 /// In each lane x where a < b, else y. With vectors of 64 bytes Eigen's comparison fills a vector that its selection

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <nearfar/detail/lookahead.hpp>
 #include <nearfar/detail/simd.hpp>
 
 #include <cstddef>
@@ -118,9 +119,9 @@ struct WholeRows {
         to(matrix.middle_rows(first, count)),
         rows(past ? Tokens<T>(room, count, matrix.cols(), matrix.cols()) : to) {}
 
-  /// Asks for what is written in place.
-  void prefetch(Index i) const {
-    if (!past) prefetch_row<T>(rows.row(i), rows.cols());
+  /// What is written in place has to be fetched before.
+  void announce(Lookahead& ahead) const {
+    if (!past) ahead.add(rows);
   }
 
   void finish() const {

@@ -40,6 +40,12 @@ struct AdditiveCall {
   PoolingShape query_shape() const { return {heads.query, heads.dim, 1, own_features}; }
   PoolingShape key_shape() const { return {heads.query, heads.dim, heads.group(), own_features}; }
 
+  /// What the thread that goes through stretch s likely goes through next; no tokens if nothing.
+  Stretch after(Index s) const {
+    const Index next = work.likely_next(s);
+    return next < stretches.count() ? stretches[next] : Stretch{};
+  }
+
   bool sees(Index token) const {
     return inputs.key_mask.empty() || inputs.key_mask[static_cast<std::size_t>(token)] != 0;
   }
@@ -59,10 +65,9 @@ struct AdditiveGradients {
 };
 
 /// u = gk * v + q feature by feature, each key/value head serving its group of query heads; gk or q may be null (zero).
-/// Asks for what lies `ahead` numbers behind the value and the query.
 template <class T, class Store = Keep>
 NEARFAR_INLINE void blend_row(const Heads& heads, const T* global_key, const T* value, const T* query, T* u,
-                              Index value_ahead = 0, Index query_ahead = 0, Store&& store = {}) {
+                              Store&& store = {}) {
   const Index group = heads.group();
   const Index slices = group == 1 ? 1 : heads.query;
   const Index length = heads.query_cols() / slices;
@@ -81,13 +86,10 @@ NEARFAR_INLINE void blend_row(const Heads& heads, const T* global_key, const T* 
     for_each([=]<class P>(const P&, Index c, Index) { return ploadu<P>(query + c); });
   } else if (query == nullptr) {
     for_each([=]<class P>(const P&, Index c, Index shared) {
-      prefetch_far(value + value_ahead + shared);
       return pmul(ploadu<P>(global_key + c), ploadu<P>(value + shared));
     });
   } else {
     for_each([=]<class P>(const P&, Index c, Index shared) {
-      prefetch_far(value + value_ahead + shared);
-      prefetch_far(query + query_ahead + c);
       return pmadd(ploadu<P>(global_key + c), ploadu<P>(value + shared), ploadu<P>(query + c));
     });
   }
@@ -141,17 +143,11 @@ struct AdditiveOut {
   AdditiveSaved<T>* saved;  ///< null: nothing is kept
 };
 
-/// How many tokens ahead memory is asked for values and queries.
-struct Ahead {
-  Index value = 0;
-  Index query = 0;
-};
-
 /// Writes the rows of out of the tokens [first, first + count), at most transform_rows. global_key(token), asked for in
 /// turn, is null where no token is seen: then the value is not read.
 template <class T>
-void write_rows(const AdditiveCall<T>& call, const AdditiveOut<T>& out, Index first, Index count, const Ahead& ahead,
-                Scratch& scratch, FunctionRef<const T*(Index)> global_key) {
+void write_rows(const AdditiveCall<T>& call, const AdditiveOut<T>& out, Index first, Index count, Scratch& scratch,
+                FunctionRef<const T*(Index)> global_key) {
   const Scratch::Scope scope(scratch);
   const Index width = call.width();
   const Tokens<T> rows = out.rows.middle_rows(first, count);
@@ -161,11 +157,8 @@ void write_rows(const AdditiveCall<T>& call, const AdditiveOut<T>& out, Index fi
   const auto blend = [&](auto store) {
     for (Index i = 0; i < count; ++i) {
       const Index token = first + i;
-      const auto later = [&](Index tokens) { return std::min(tokens, call.inputs.query.rows() - 1 - token); };
       blend_row<T>(call.heads, global_key(token), call.inputs.value.row(token),
-                   add_query ? call.inputs.query.row(token) : none, u.row(i),
-                   later(ahead.value) * call.inputs.value.stride(), later(ahead.query) * call.inputs.query.stride(),
-                   store);
+                   add_query ? call.inputs.query.row(token) : none, u.row(i), store);
     }
   };
   out.transform ? blend(KeepOrPastCaches{}) : with_store(rows_past_caches(out.rows, call.heads.dim), blend);

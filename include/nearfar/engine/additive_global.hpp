@@ -54,16 +54,29 @@ SequencePools<T> pool_sequences(const AdditiveCall<T>& call, const PoolingShape&
     parts[s].start(shape);
     const T* const weights = interleave<T>(shape, weights_of(stretches[s].sequence, scratch),
                                            [&](Index count) { return scratch.take<T>(count); });
-    T* const score = scratch.take<T>(shape.scores<T>(block_tokens));
-    for_each_block(
-        stretches[s], strands, [&](Index token) { return call.sees(token); },
-        [&](const Index* token, Index count) {
-          pool<T>(shape, weights, {rows, token, count}, score, parts[s], scratch);
-          if (scores == nullptr) return;
-          for (Index i = 0; i < count; ++i) {
-            std::copy_n(score + i * shape.padded(), shape.padded(), scores->row(token[i]).data());
-          }
-        });
+    constexpr Index block = 64;
+    T* const score = scratch.take<T>(shape.scores<T>(block));
+    const auto block_of = [&](const Stretch& stretch, Index first) {
+      return rows.middle_rows(first, std::min(block, stretch.end() - first));
+    };
+    const Stretch& stretch = stretches[s];
+    const Stretch next = call.after(s);
+    for (Index first = stretch.first, end; first < stretch.end(); first = end) {
+      end = std::min(first + block, stretch.end());
+      Index token[block];
+      Index count = 0;
+      for (Index i = first; i < end; ++i) {
+        if (call.sees(i)) token[count++] = i;
+      }
+      Lookahead ahead;
+      ahead.add(end < stretch.end() ? block_of(stretch, end) : block_of(next, next.first));
+      Spread fetch(ahead, shape.fetches<T>(count));
+      pool<T>(
+          shape, weights, count, [&](Index i) { return rows.row(token[i]); }, score, parts[s], fetch, scratch);
+      for (Index i = 0; i < count && scores != nullptr; ++i) {
+        std::copy_n(score + i * shape.padded(), shape.padded(), scores->row(token[i]).data());
+      }
+    }
   });
   call.work.for_each(stretches.sequences(), [&](Index b, Scratch&) {
     all[b].start(shape);
@@ -103,10 +116,8 @@ void additive_global(const AdditiveCall<T>& call, const AdditiveOut<T>& out) {
     T* const global_key = scratch.take<T>(width);
     for (Index c = 0; c < width; ++c) global_key[c] = queries.mean(b)[c] * keys.mean(b)[c];
     const bool seen = keys[b].sum[0] != T(0);
-    // Beside stores past the caches the memory's own prefetching does better.
-    const Ahead ahead = rows_past_caches(out.rows, call.heads.dim) ? Ahead{} : Ahead{2, 2};
     for (Index first = stretch.first; first < stretch.end(); first += transform_rows) {
-      write_rows<T>(call, out, first, std::min(transform_rows, stretch.end() - first), ahead, scratch,
+      write_rows<T>(call, out, first, std::min(transform_rows, stretch.end() - first), scratch,
                     [&](Index) { return seen ? global_key : nullptr; });
     }
     if (saved == nullptr) return;
@@ -132,12 +143,14 @@ void pool_sequences_backward(const AdditiveCall<T>& call, const PoolingShape& sh
     const T* const weights = weights_of(stretch.sequence, scratch);
     T* const center = scratch.take<T>(shape.padded());
     // The means stand head by head, as one row of as many heads of their own.
-    dot_heads(PoolingShape{shape.heads, shape.dim}, means.row(stretch.sequence).data(), grad_mean, center);
+    Spread nothing;
+    dot_heads(PoolingShape{shape.heads, shape.dim}, means.row(stretch.sequence).data(), grad_mean, center, nothing);
     std::fill_n(parts + s * size, size, T(0));
     for_each_run(
         stretch.first, stretch.end(), [&](Index token) { return call.sees(token); },
         [&](Index first, Index count) {
-          pool_backward(shape, weights, rows, first, count, token_weights, center, grad_mean, start, grad_rows,
+          const Index then = first + count < stretch.end() ? first + count : call.after(s).first;
+          pool_backward(shape, weights, rows, first, count, then, token_weights, center, grad_mean, start, grad_rows,
                         parts + s * size, scratch);
         },
         [&](Index token) {

@@ -47,12 +47,12 @@ class PrefixPools {
 
   /// Pools `count` rows of stretch s, as pool() does, and gives their weights, each in its own prefix. mean gets the
   /// mean where the stretch starts; the result says whether any row came before.
-  bool pool_stretch(Index s, const T* weights, T* mean, T* scores, Index count,
-                    FunctionRef<void(Index, RowBlock<T>&)> show, Scratch& scratch) const {
+  bool pool_stretch(Index s, const T* weights, T* mean, T* scores, Index count, FunctionRef<const T*(Index)> row,
+                    Spread& fetch, Scratch& scratch) const {
     const SoftmaxPool<T> own = at(scratch.take<T>(size()));
     const SoftmaxPool<T> start = at(scratch.take<T>(size()));
     own.start(shape_);
-    pool<T>(shape_, weights, count, show, scores, own, scratch);
+    pool<T>(shape_, weights, count, row, scores, own, fetch, scratch);
     turns_.take(s, [&] {
       const SoftmaxPool<T> handed_on = at(pools_ + call_.stretches[s].sequence * size());
       start.copy_from(handed_on, shape_);
@@ -97,20 +97,29 @@ void additive_prefix(const AdditiveCall<T>& call, const AdditiveOut<T>& out, T* 
   call.work.for_each(stretches.count(), [&](Index s, Scratch& scratch) {
     const auto query_promise = queries.promise(s);
     const auto key_promise = keys.promise(s);
-    const Visible visible(call, stretches[s]);
+    const Stretch& stretch = stretches[s];
+    const Visible visible(call, stretch);
     const auto take_row = [&] { return scratch.take<T>(width); };
+    // What a walk over the stretch reads is fetched during the one before: of the next queries two fifths during the
+    // second, since the third also writes.
+    const Stretch next = call.after(s);
+    const Index early = next.count * 2 / 5;
+    const Index poolings = shape.fetches<T>(visible.count);
+    const Index rows_of_heads = visible.count * shape.heads;
+    Lookahead keys_ahead, values_ahead, queries_ahead;
+    keys_ahead.add(call.inputs.key.middle_rows(stretch.first, stretch.count));
+    values_ahead.add(call.inputs.value.middle_rows(stretch.first, stretch.count));
+    values_ahead.add(call.inputs.query.middle_rows(next.first, early));
+    queries_ahead.add(call.inputs.query.middle_rows(next.first + early, next.count - early));
+    Spread fetch_keys(keys_ahead, poolings);
+    Spread fetch_values(values_ahead, poolings + rows_of_heads);
+    Spread fetch_queries(queries_ahead, rows_of_heads);
+
     T* const query_start = take_row();
     T* const query_weights = scratch.take<T>(shape.scores<T>(visible.count));
     queries.pool_stretch(
         s, w_q, query_start, query_weights, visible.count,
-        [&](Index first, RowBlock<T>& block) {
-          for (Index r = 0; r < std::min<Index>(row_block, visible.count - first); ++r) {
-            const Index token = visible.token[first + r];
-            block.rows[r] = call.inputs.query.row(token);
-            block.later[r] = call.inputs.key.row(token);
-          }
-        },
-        scratch);
+        [&](Index r) { return call.inputs.query.row(visible.token[r]); }, fetch_keys, scratch);
 
     // gq_t comes twice, here and for the rows of out: to keep the products would cost more.
     T* const products = scratch.take<T>(pool_rows * width);
@@ -120,21 +129,18 @@ void additive_prefix(const AdditiveCall<T>& call, const AdditiveOut<T>& out, T* 
     T* const key_weights = scratch.take<T>(shape.scores<T>(visible.count));
     bool seen = keys.pool_stretch(
         s, w_k, global_key, key_weights, visible.count,
-        [&](Index first, RowBlock<T>& block) {
-          for (Index r = 0; r < std::min<Index>(row_block, visible.count - first); ++r) {
-            const Index token = visible.token[first + r];
-            T* const p = products + (first + r) % pool_rows * width;
-            const T* const key = call.inputs.key.row(token);
-            advance_means(shape, query_weights + (first + r) * padded, call.inputs.query.row(token), global_query,
-                          [&](Index h) {
-                            return [k = key + key_shape.column(h), to = p + h * shape.dim]<class P>(
-                                       Index c, const P& mean) { pstoreu(to + c, pmul(mean, ploadu<P>(k + c))); };
-                          });
-            block.rows[r] = p;
-            block.later[r] = call.inputs.value.row(token);
-          }
+        [&](Index r) {
+          T* const p = products + r % pool_rows * width;
+          const T* const key = call.inputs.key.row(visible.token[r]);
+          advance_means(shape, query_weights + r * padded, call.inputs.query.row(visible.token[r]), global_query,
+                        [&](Index h) {
+                          fetch_values();
+                          return [k = key + key_shape.column(h), to = p + h * shape.dim]<class P>(
+                                     Index c, const P& mean) { pstoreu(to + c, pmul(mean, ploadu<P>(k + c))); };
+                        });
+          return p;
         },
-        scratch);
+        fetch_values, scratch);
 
     if (out.saved != nullptr) {
       save(visible, query_weights, query_start, s, out.saved->query_weights, out.saved->query_means);
@@ -143,12 +149,11 @@ void additive_prefix(const AdditiveCall<T>& call, const AdditiveOut<T>& out, T* 
     const T* query_weight = query_weights;
     const T* key_weight = key_weights;
     std::copy_n(query_start, width, global_query);
-    // Rows are written while memory is asked for the queries of this thread's next stretch.
-    const Ahead ahead{0, call.work.threads() * prefix_stretch};
-    write_rows<T>(call, out, stretches[s].first, stretches[s].count, ahead, scratch, [&](Index token) {
-      if (visible.at[token - stretches[s].first]) {
+    write_rows<T>(call, out, stretch.first, stretch.count, scratch, [&](Index token) {
+      if (visible.at[token - stretch.first]) {
         const T* const key = call.inputs.key.row(token);
         advance_means(shape, query_weight, call.inputs.query.row(token), global_query, [&](Index h) {
+          fetch_queries();
           return [k = key + key_shape.column(h), weight = key_weight[h], to = global_key + h * shape.dim]<class P>(
                      Index c, const P& mean) { advance_in_memory(P(pmul(mean, ploadu<P>(k + c))), weight, to + c); };
         });

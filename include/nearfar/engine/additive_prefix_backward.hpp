@@ -13,21 +13,17 @@ namespace detail {
 ///
 ///   gq_t = gq_(t-1) + alpha_t (q_t - gq_(t-1))     p_t = gq_t * k_t     gk_t = gk_(t-1) + beta_t (p_t - gk_(t-1))
 ///
-/// Row r of gq and gk is what they are after r of these tokens.
+/// Row r of gq and gk is what they are after r of these tokens. Meanwhile fetches, `fetches` times.
 template <class T>
 struct PrefixMeans {
   Tokens<T> query;  ///< gq
   Tokens<T> p;      ///< of the visible tokens
   Tokens<T> key;    ///< gk
 
-  PrefixMeans(const AdditiveCall<T>& call, const AdditiveSaved<T>& saved, Index s, const Visible& visible,
+  static Index fetches(const AdditiveCall<T>& call, const Visible& visible) { return call.heads.query * visible.count; }
+
+  PrefixMeans(const AdditiveCall<T>& call, const AdditiveSaved<T>& saved, Index s, const Visible& visible, Spread fetch,
               Scratch& scratch) {
-    // Asked for as they lie, rows come at the speed of memory; the walks a head at a time would wait for each.
-    for (const Tokens<const T>& rows : {call.inputs.query, call.inputs.key, call.inputs.value}) {
-      for (Index i = call.stretches[s].first; i < call.stretches[s].end(); ++i) {
-        prefetch_row(rows.row(i), rows.cols());
-      }
-    }
     const Index width = call.width();
     const auto take = [&](Index rows) { return Tokens<T>(scratch.take<T>(rows * width), rows, width, width); };
     const auto start = [&](const Matrix<T>& means) {
@@ -53,6 +49,7 @@ struct PrefixMeans {
           gk[i] = ploadu<P>(key.row(0) + own + i * step);
         }
         for (Index r = 0; r < visible.count; ++r) {
+          fetch();
           const Index token = visible.token[r];
           const P alpha = pset1<P>(saved.query_weights(token, h));
           const P beta = pset1<P>(saved.key_weights(token, h));
@@ -114,47 +111,53 @@ class HandedOn {
 template <class T>
 class PrefixBackward {
  public:
-  PrefixBackward(const AdditiveCall<T>& call, const AdditiveGradients<T>& grad, Index s, Scratch& scratch)
+  /// `next` is the stretch that this thread likely goes through after stretch s.
+  PrefixBackward(const AdditiveCall<T>& call, const AdditiveGradients<T>& grad, Index s, const Stretch& next,
+                 Scratch& scratch)
       : call_(call),
         grad_(grad),
         shape_(call.key_shape()),
         stretch_(call.stretches[s]),
         visible_(call, stretch_),
-        mean_(call, grad.saved, s, visible_, scratch),
         room_(scratch.take<T>(stretch_.count * call.width())),
         grad_values_(whole_rows(grad.inputs.value)),
         grad_keys_(whole_rows(grad.inputs.key)),
         grad_queries_(whole_rows(grad.inputs.query)),
+        mean_(call, grad.saved, s, visible_, fetch_own(), scratch),
         grad_rows_(scratch.take<T>(visible_.count * call.width()), visible_.count, call.width(), call.width()),
         grad_scores_(scratch.take<T>(prefix_stretch * shape_.padded())) {
     list_rows_of_keys(scratch);
     list_rows_of_queries();
+    Lookahead ahead;
+    grad_keys_.announce(ahead);
+    grad_queries_.announce(ahead);
+    ahead.add(call.inputs.query.middle_rows(next.first, next.count));
+    ahead.add(call.inputs.key.middle_rows(next.first, next.count));
+    fetch_ = Spread(ahead, 2 * (of_keys_.fetches(shape_) + of_queries_.fetches(shape_) +
+                                score_fetches<T>(call.query_shape(), visible_.count)));
   }
 
   /// What the rows of out leave for the keys before the stretch.
-  void leave_for_keys(const SuffixSums<T>& own) { of_keys_.leave(shape_, own); }
+  void leave_for_keys(const SuffixSums<T>& own) { of_keys_.leave(shape_, own, fetch_); }
 
   /// Writes the gradients of values and finds those of p. `after` is what all rows behind leave for the keys.
   void keys(const SuffixSums<T>& after, T* grad_weights) {
-    prefetch(grad_values_);
-    of_keys_.go_back(shape_, after);
+    of_keys_.go_back(shape_, after, fetch_);
     grad_values_.finish();
     scores_backward(0, call_.w_k, mean_.p, grad_weights, {}, grad_rows_);
   }
 
   /// What the rows of p leave for the queries before the stretch.
-  void leave_for_queries(const SuffixSums<T>& own) { of_queries_.leave(shape_, own); }
+  void leave_for_queries(const SuffixSums<T>& own) { of_queries_.leave(shape_, own, fetch_); }
 
   /// Writes the gradients of keys and queries. `after` is what all rows behind leave for the queries.
   void queries(const SuffixSums<T>& after, T* grad_weights) {
-    prefetch(grad_keys_);
-    of_queries_.go_back(shape_, after);
+    of_queries_.go_back(shape_, after, fetch_);
     for (Index i = 0; i < stretch_.count; ++i) {
       if (!visible_.at[i]) std::fill_n(grad_keys_.rows.row(i), call_.heads.key_cols(), T(0));
     }
     grad_keys_.finish();
 
-    prefetch(grad_queries_);
     const Tokens<const T> query = call_.inputs.query.middle_rows(stretch_.first, stretch_.count);
     const Tokens<const T> start =
         call_.add_query ? grad_.out.middle_rows(stretch_.first, stretch_.count) : Tokens<const T>{};
@@ -177,9 +180,13 @@ class PrefixBackward {
     return {gradient, stretch_.first, stretch_.count, shape_.dim, room_};
   }
 
-  /// Asks for rows in order, as in PrefixMeans.
-  void prefetch(const WholeRows<T>& rows) const {
-    for (Index i = 0; i < stretch_.count; ++i) rows.prefetch(i);
+  /// What the stretch's means, which come first, do not read themselves, fetched meanwhile.
+  Spread fetch_own() const {
+    Lookahead ahead;
+    ahead.add(call_.inputs.value.middle_rows(stretch_.first, stretch_.count));
+    ahead.add(grad_.u.middle_rows(stretch_.first, stretch_.count));
+    grad_values_.announce(ahead);
+    return Spread(ahead, PrefixMeans<T>::fetches(call_, visible_));
   }
 
   /// All tokens have a row of out; those that are not visible enter no mean.
@@ -223,7 +230,7 @@ class PrefixBackward {
   /// grad_x = the rows of grad_rows_ from `first` on + what reaches the rows of x through their scores + start, which
   /// may be empty (zero).
   void scores_backward(Index first, const T* weights, Tokens<const T> x, T* grad_weights, Tokens<const T> start,
-                       Tokens<T> grad_x) const {
+                       Tokens<T> grad_x) {
     const Tokens<T> own = grad_rows_.middle_rows(first, x.rows());
     score_rows_backward(
         call_.query_shape(), weights, grad_scores_ + first * shape_.padded(), x, grad_weights, {},
@@ -232,7 +239,7 @@ class PrefixBackward {
           const P sum = ploadu<P>(own.row(i) + c);
           return start.data() == nullptr ? sum : P(padd(sum, ploadu<P>(start.row(i) + c)));
         },
-        grad_x);
+        grad_x, fetch_);
   }
 
   const AdditiveCall<T>& call_;
@@ -240,15 +247,16 @@ class PrefixBackward {
   PoolingShape shape_;
   const Stretch& stretch_;
   Visible visible_;
-  PrefixMeans<T> mean_;
-  PrefixRows<T> of_keys_;
-  PrefixRows<T> of_queries_;
   T* room_;
   WholeRows<T> grad_values_;
   WholeRows<T> grad_keys_;
   WholeRows<T> grad_queries_;
+  PrefixMeans<T> mean_;
+  PrefixRows<T> of_keys_;
+  PrefixRows<T> of_queries_;
   Tokens<T> grad_rows_;  ///< of p, then of the queries, but for what reaches these through their scores
   T* grad_scores_;
+  Spread fetch_;  ///< what the gradients are written to, and what the means of the next stretch read
 };
 
 /// The forward pass from its end: a stretch finds what its rows leave for the keys before it, learns in its turn what
@@ -266,7 +274,7 @@ void additive_prefix_backward(const AdditiveCall<T>& call, const AdditiveGradien
     const Tokens<T> u(call.work.template take<T>(n * width), n, width, width);
     call.work.for_each(stretches.count(), [&](Index s, Scratch& scratch) {
       const Visible visible(call, stretches[s]);
-      const PrefixMeans<T> mean(call, grad.saved, s, visible, scratch);
+      const PrefixMeans<T> mean(call, grad.saved, s, visible, Spread(), scratch);
       const T* const none = nullptr;
       for (Index i = 0; i < stretches[s].count; ++i) {
         const Index token = stretches[s].first + i;
@@ -306,7 +314,9 @@ void additive_prefix_backward(const AdditiveCall<T>& call, const AdditiveGradien
     const SuffixSums<T> own_keys = take_sums();
     const SuffixSums<T> own_queries = take_sums();
     const SuffixSums<T> after = take_sums();
-    PrefixBackward<T> stretch(call, grad, s, scratch);
+    const Index next = call.work.likely_next(index);
+    PrefixBackward<T> stretch(call, grad, s,
+                              next < stretches.count() ? stretches[stretches.count() - 1 - next] : Stretch{}, scratch);
     // What the first stretch of a sequence leaves, nobody takes.
     const bool leaves = s != stretches.of(stretches[s].sequence).first;
     if (leaves) stretch.leave_for_keys(own_keys);

@@ -137,25 +137,28 @@ struct PrefixRows {
   T* grad_factor[prefix_stretch];
   T* grad_score[prefix_stretch];  ///< of each head
 
+  /// How often either walk fetches meanwhile.
+  Index fetches(const PoolingShape& shape) const { return count * shape.heads; }
+
   /// Takes the rows into the sums.
-  void leave(const PoolingShape& shape, const SuffixSums<T>& sums) const {
+  void leave(const PoolingShape& shape, const SuffixSums<T>& sums, Spread& fetch) const {
     for (Index h = 0; h < shape.heads; ++h) {
       for_each_column_block<4, T>(shape.dim, [&](auto by, auto packets, Index first) {
         using P = typename decltype(by)::template Of<T>;
-        walk<P, decltype(packets)::value, false>(shape, h, first, sums, nullptr);
+        walk<P, decltype(packets)::value, false>(shape, h, first, sums, nullptr, fetch);
       });
       for (Index i = 0; i < count; ++i) sums.keep[h] *= T(1) - weight[i][h];
     }
   }
 
   /// And writes the gradients.
-  void go_back(const PoolingShape& shape, const SuffixSums<T>& sums) const {
+  void go_back(const PoolingShape& shape, const SuffixSums<T>& sums, Spread& fetch) const {
     alignas(Scratch::alignment) T lane_scores[prefix_stretch * lanes<T>];
     for (Index h = 0; h < shape.heads; ++h) {
       std::fill_n(lane_scores, prefix_stretch * lanes<T>, T(0));
       for_each_column_block<4, T>(shape.dim, [&](auto by, auto packets, Index first) {
         using P = typename decltype(by)::template Of<T>;
-        walk<P, decltype(packets)::value, true>(shape, h, first, sums, lane_scores);
+        walk<P, decltype(packets)::value, true>(shape, h, first, sums, lane_scores, fetch);
       });
       for (Index i = 0; i < count; i += lanes<T>) {
         Packet<T> packets[lanes<T>];
@@ -173,8 +176,8 @@ struct PrefixRows {
   /// Some columns of one head, from its column `first` on. Their sums stay in registers from row to row; what is summed
   /// over columns is left in the lanes.
   template <class P, int Packets, bool Write>
-  NEARFAR_INLINE void walk(const PoolingShape& shape, Index h, Index first, const SuffixSums<T>& sums,
-                           T* lane_scores) const {
+  NEARFAR_INLINE void walk(const PoolingShape& shape, Index h, Index first, const SuffixSums<T>& sums, T* lane_scores,
+                           Spread& fetch) const {
     constexpr Index width = Index{sizeof(P) / sizeof(T)};
     const Index own = h * shape.dim + first;
     const Index shared = shape.column(h) + first;
@@ -186,6 +189,7 @@ struct PrefixRows {
     NEARFAR_UNROLL for (int p = 0; p < Packets; ++p) vector[p] = ploadu<P>(vector_sum + p * width);
     P scalar = first == 0 ? ploadu<P>(scalar_sum) : zero;
     for (Index i = count; i-- > 0;) {
+      fetch();
       const T share = weight[i][h];
       P inner = zero, score = zero;
       // Addresses read here would be read again after each store, which might have changed them.

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <nearfar/detail/function_ref.hpp>
+#include <nearfar/detail/lookahead.hpp>
 #include <nearfar/detail/scratch.hpp>
 #include <nearfar/mask.hpp>
 #include <nearfar/online_softmax.hpp>
@@ -30,10 +31,9 @@ inline constexpr int row_block = 3;
 /// and the rows are still in the cache.
 inline constexpr Index pool_rows = 4 * row_block;
 
-/// How many rows ahead memory is asked for, and for how many of their columns at a time.
-inline constexpr Index prefetch_rows = 2 * row_block;
+/// Scores fetch, what the caller would have fetched, once for every so many columns.
 template <class T>
-inline constexpr Index prefetch_columns = 4 * cache_line / Index{sizeof(T)};
+inline constexpr Index fetch_columns = 4 * cache_line / Index{sizeof(T)};
 
 /// The heads of a pooling. Heads share the columns of a row in groups, as query heads share a key head.
 struct PoolingShape {
@@ -56,16 +56,15 @@ struct PoolingShape {
   Index scores(Index rows) const {
     return round_up(round_up(rows, row_block) * padded(), lanes<T>);
   }
-};
 
-/// The rows of a matrix that a pooling is shown, by their numbers and in the order of the list.
-template <class T>
-struct RowList {
-  Tokens<T> rows;
-  const Index* number = nullptr;
-  Index count = 0;
-
-  T* operator[](Index i) const { return rows.row(number[i]); }
+  /// How often a pooling of `rows` rows fetches.
+  template <class T>
+  Index fetches(Index rows) const {
+    const auto times = [](Index count, Index step) { return (count + step - 1) / step; };
+    const Index scores =
+        own_columns ? heads * times(dim, fetch_columns<T>) : times(heads, head_block) * times(cols(), fetch_columns<T>);
+    return times(rows, row_block) * scores + times(rows, pool_rows) * heads;
+  }
 };
 
 /// Where a pooling stands: of each head the maximum of the scores (-infinity before any row), and with weights
@@ -162,24 +161,10 @@ const T* interleave(const PoolingShape& shape, const T* weights, FunctionRef<T*(
   return interleaved;
 }
 
-/// Rows that are shown to a pooling together, and rows to ask memory for meanwhile.
-template <class T>
-struct RowBlock {
-  const T* rows[row_block];
-  const T* later[row_block];
-};
-
-/// The row that memory is asked for while row i is at work.
-template <class T>
-const T* later_row(const Tokens<const T>& rows, Index i) {
-  return rows.row(std::min(i + prefetch_rows, rows.rows() - 1));
-}
-
 /// scores(r, h) = weights(h) . x[r] over `cols` columns, those of x from `column` on, for `Heads` heads at once.
-/// Meanwhile calls besides(c) for every `segment` of columns.
-template <int Heads, class T, class Besides>
+template <int Heads, class T>
 NEARFAR_INLINE void score_block(const T* const (&x)[row_block], Index column, const T* weights, Index cols, T* scores,
-                                Index padded, Index segment, Besides&& besides) {
+                                Index padded, Spread& fetch) {
   Packet<T> sum[row_block][Heads];
   const T* row[row_block];
   NEARFAR_UNROLL for (int r = 0; r < row_block; ++r) {
@@ -189,8 +174,8 @@ NEARFAR_INLINE void score_block(const T* const (&x)[row_block], Index column, co
   const Index in_vectors = cols / lanes<T> * lanes<T>;
   Index c = 0;
   while (c < in_vectors) {
-    besides(c);
-    for (const Index end = std::min(c + segment, in_vectors); c < end; c += lanes<T>) {
+    fetch();
+    for (const Index end = std::min(c + fetch_columns<T>, in_vectors); c < end; c += lanes<T>) {
       Packet<T> packet[row_block];
       NEARFAR_UNROLL for (int r = 0; r < row_block; ++r) packet[r] = load_once<Packet<T>>(row[r] + c);
       NEARFAR_UNROLL for (int h = 0; h < Heads; ++h, weights += lanes<T>) {
@@ -222,17 +207,11 @@ NEARFAR_INLINE void for_each_head_block(const PoolingShape& shape, Visit&& visit
 
 /// scores(r, h) = w_h . rows[r], with interleaved weights.
 template <class T>
-NEARFAR_INLINE void score_rows(const PoolingShape& shape, const T* weights, const RowBlock<T>& block, T* scores) {
+NEARFAR_INLINE void score_rows(const PoolingShape& shape, const T* weights, const T* const (&rows)[row_block],
+                               T* scores, Spread& fetch) {
   for_each_head_block(shape, [&](auto together, Index h, Index column, Index cols) {
-    // Memory is asked once for each column of the later rows.
-    const bool ask = h == 0 || shape.own_columns;
-    const Index segment = ask ? prefetch_columns<T> : cols;
-    const auto fetch = [&](Index c) {
-      if (!ask) return;
-      for (const T* later : block.later) prefetch_row(later + column + c, std::min(segment, cols - c));
-    };
-    score_block<decltype(together)::value>(block.rows, column, weights + h * shape.cols() + column, cols, scores + h,
-                                           shape.padded(), segment, fetch);
+    score_block<decltype(together)::value>(rows, column, weights + h * shape.cols() + column, cols, scores + h,
+                                           shape.padded(), fetch);
   });
 }
 
@@ -276,8 +255,9 @@ NEARFAR_INLINE void for_each_column_block(Index dim, Body&& body) {
 /// total_h = keep_h total_h + sum_r weight_rh rows[r], the sums of a head of 64 columns all in registers.
 template <class T>
 void add_weighted_rows(const PoolingShape& shape, const T* const* rows, Index count, const T* weights, const T* keep,
-                       T* total) {
+                       T* total, Spread& fetch) {
   for (Index h = 0; h < shape.heads; ++h) {
+    fetch();
     const Index column = shape.column(h);
     for_each_column_block<std::clamp(64 / lanes<T>, 4, 8), T>(shape.dim, [&](auto by, auto packets, Index c) {
       using P = typename decltype(by)::template Of<T>;
@@ -296,12 +276,12 @@ void add_weighted_rows(const PoolingShape& shape, const T* const* rows, Index co
   }
 }
 
-/// Shows `count` rows to the pooling, with interleaved weights. show(first, block) gives the rows from `first` on, as
-/// many as there are in a block; they must stay until the next pool_rows are asked for. `scores` (shape.scores(count)
-/// numbers) is left holding the scores.
+/// Shows `count` rows to the pooling, with interleaved weights. row(i) gives row i, asked for once and in turn; it must
+/// stay until the next pool_rows are asked for. `scores` (shape.scores(count) numbers) is left holding the scores.
+/// Meanwhile fetches, shape.fetches(count) times.
 template <class T>
-void pool(const PoolingShape& shape, const T* weights, Index count, FunctionRef<void(Index, RowBlock<T>&)> show,
-          T* scores, const SoftmaxPool<T>& state, Scratch& scratch) {
+void pool(const PoolingShape& shape, const T* weights, Index count, FunctionRef<const T*(Index)> row, T* scores,
+          const SoftmaxPool<T>& state, Spread& fetch, Scratch& scratch) {
   const Scratch::Scope scope(scratch);
   const Index padded = shape.padded();
   T* const row_weights = scratch.take<T>(shape.scores<T>(pool_rows));
@@ -312,31 +292,16 @@ void pool(const PoolingShape& shape, const T* weights, Index count, FunctionRef<
   for (Index begin = 0; begin < count; begin += pool_rows) {
     const Index shown = std::min(pool_rows, count - begin);
     const T* rows[pool_rows];
-    for (Index r = 0; r < shown; r += row_block) {
-      RowBlock<T> block{{zeros, zeros, zeros}, {zeros, zeros, zeros}};
-      show(begin + r, block);
-      score_rows(shape, weights, block, scores + (begin + r) * padded);
-      std::copy_n(block.rows, row_block, rows + r);
+    for (Index first = 0; first < shown; first += row_block) {
+      const T* block[row_block];
+      for (Index r = 0; r < row_block; ++r) {
+        rows[first + r] = block[r] = first + r < shown ? row(begin + first + r) : zeros;
+      }
+      score_rows(shape, weights, block, scores + (begin + first) * padded, fetch);
     }
     weigh_rows(shape, scores + begin * padded, shown, state, row_weights, keep);
-    add_weighted_rows(shape, rows, shown, row_weights, keep, state.total);
+    add_weighted_rows(shape, rows, shown, row_weights, keep, state.total, fetch);
   }
-}
-
-/// The rows of a list.
-template <class T>
-void pool(const PoolingShape& shape, const T* weights, const RowList<const T>& list, T* scores,
-          const SoftmaxPool<T>& state, Scratch& scratch) {
-  pool<T>(
-      shape, weights, list.count,
-      [&](Index first, RowBlock<T>& block) {
-        for (Index r = 0; r < std::min<Index>(row_block, list.count - first); ++r) {
-          const Index later = first + r + prefetch_rows;
-          block.rows[r] = list[first + r];
-          block.later[r] = later < list.count ? list[later] : later_row(list.rows, list.number[first + r]);
-        }
-      },
-      scores, state, scratch);
 }
 
 }  // namespace detail

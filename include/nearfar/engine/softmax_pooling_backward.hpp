@@ -25,15 +25,23 @@ struct MeanShares {
   }
 };
 
+template <class T>
+Index score_fetches(const PoolingShape& shape, Index rows) {
+  constexpr Index panel = 2 * lanes<T>;
+  return rows * (shape.heads / shape.group) * ((shape.dim / lanes<T> * lanes<T> + panel - 1) / panel);
+}
+
 /// The gradient of scores = x weights^T for a few rows of x:
 ///
 ///   grad_x_i = start_i + sum_h weight_ih grad_mean_h + sum_h grad_score_ih w_h
 ///   grad_w_h += sum_i grad_score_ih x_i
 ///
-/// start(by, i, column) gives packets of start_i; it may read the rows of grad_x.
+/// start(by, i, column) gives packets of start_i; it may read the rows of grad_x. Meanwhile fetches,
+/// score_fetches(shape, rows) times.
 template <class T, class Start>
 void score_rows_backward(const PoolingShape& shape, const T* weights, const T* grad_scores, Tokens<const T> x,
-                         T* grad_weights, const MeanShares<T>& mean_shares, Start start, Tokens<T> grad_x) {
+                         T* grad_weights, const MeanShares<T>& mean_shares, Start start, Tokens<T> grad_x,
+                         Spread& fetch) {
   const Index count = x.rows();
   const Index padded = shape.padded();
   const Index cols = shape.cols();
@@ -64,6 +72,7 @@ void score_rows_backward(const PoolingShape& shape, const T* weights, const T* g
         }
         multiply_add(sum, Broadcast<T>{grad_score, padded, 1}.rows_from(i), weights + first * cols + at, cols, heads);
         NEARFAR_UNROLL for (int r = 0; r < rows; ++r) {
+          fetch();
           T* const to = grad_x.row(i + r) + at;
           NEARFAR_UNROLL for (int v = 0; v < vectors; ++v) pstoreu(to + v * lanes<T>, sum[r][v]);
         }
@@ -86,15 +95,16 @@ void score_rows_backward(const PoolingShape& shape, const T* weights, const T* g
   }
 }
 
-/// products[h] = x[columns of head h] . y[head h] for all heads (padded).
+/// products[h] = x[columns of head h] . y[head h] for all heads (padded). Meanwhile fetches, once a head.
 template <class T>
-void dot_heads(const PoolingShape& shape, const T* x, const T* y, T* products) {
+void dot_heads(const PoolingShape& shape, const T* x, const T* y, T* products, Spread& fetch) {
   for (Index first = 0; first < shape.padded(); first += head_block) {
     const Index heads = std::min<Index>(head_block, shape.heads - first);
     Packet<T> sum[head_block];
     T rest[head_block] = {};
     for (int h = 0; h < head_block; ++h) sum[h] = pset1<Packet<T>>(T(0));
     for (Index h = 0; h < heads; ++h) {
+      fetch();
       const T* const a = x + shape.column(first + h);
       const T* const b = y + (first + h) * shape.dim;
       Index c = 0;
@@ -113,9 +123,10 @@ void dot_heads(const PoolingShape& shape, const T* x, const T* y, T* products) {
 ///
 ///   grad_x_i = start_i + sum_h weight_ih grad_mean_h + what reaches it through its scores
 ///
-/// where start may be empty (zero). Adds to grad_weights. `center` holds mean_h . grad_mean_h.
+/// where start may be empty (zero). Adds to grad_weights. `center` holds mean_h . grad_mean_h. `then` is the row that
+/// is likely wanted after these.
 template <class T>
-void pool_backward(const PoolingShape& shape, const T* weights, Tokens<const T> x, Index first, Index count,
+void pool_backward(const PoolingShape& shape, const T* weights, Tokens<const T> x, Index first, Index count, Index then,
                    const Matrix<T>& weights_of_rows, const T* center, const T* grad_mean, Tokens<const T> start,
                    Tokens<T> grad_x, T* grad_weights, Scratch& scratch) {
   const Scratch::Scope scope(scratch);
@@ -125,12 +136,16 @@ void pool_backward(const PoolingShape& shape, const T* weights, Tokens<const T> 
   for (const Index end = first + count; first < end; first += backward_rows) {
     const Index rows = std::min(backward_rows, end - first);
     const WholeRows<T> written(grad_x, first, rows, shape.dim, room);
+    const Index next = first + rows < end ? first + rows : then;
+    const Index next_rows = std::min(backward_rows, x.rows() - next);
+    Lookahead ahead;
+    ahead.add(x.middle_rows(next, next_rows));
+    if (start.data() != nullptr) ahead.add(start.middle_rows(next, next_rows));
+    WholeRows<T>(grad_x, next, next_rows, shape.dim, room).announce(ahead);
+    Spread fetch(ahead, rows * shape.heads + score_fetches<T>(shape, rows));
     for (Index i = 0; i < rows; ++i) {
-      prefetch_row(later_row(x, first + i), shape.cols());
-      if (start.data() != nullptr) prefetch_row(start.row(first + i), shape.cols());
-      written.prefetch(i);
       T* const grad_score = grad_scores + i * padded;
-      dot_heads(shape, x.row(first + i), grad_mean, grad_score);
+      dot_heads(shape, x.row(first + i), grad_mean, grad_score, fetch);
       const T* const weight = weights_of_rows.row(first + i).data();
       for (Index h = 0; h < shape.heads; ++h) grad_score[h] = ln_2<T> * weight[h] * (grad_score[h] - center[h]);
     }
@@ -142,7 +157,7 @@ void pool_backward(const PoolingShape& shape, const T* weights, Tokens<const T> 
           using P = typename decltype(by)::template Of<T>;
           return from == nullptr ? pset1<P>(T(0)) : ploadu<P>(from + i * stride + c);
         },
-        written.rows);
+        written.rows, fetch);
     written.finish();
   }
 }

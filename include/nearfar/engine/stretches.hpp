@@ -12,9 +12,9 @@ namespace detail {
 
 /// Tokens of one sequence that one task of a streaming pass goes through.
 struct Stretch {
-  Index sequence;
-  Index first;  ///< among the rows of the batch
-  Index count;
+  Index sequence = 0;
+  Index first = 0;  ///< among the rows of the batch
+  Index count = 0;
 
   Index end() const { return first + count; }
 };
@@ -106,31 +106,6 @@ class Turns {
   Order order_;
   Index* passed_;
 };
-
-/// Tokens that are only read are read in turn from this many places of a stretch, its strands: memory serves one reader
-/// of several streams half as fast again as a reader of one. Where rows are written too, it does not.
-inline constexpr Index strands = 3;
-
-/// The most tokens that are listed at a time.
-inline constexpr Index block_tokens = strands * 128;
-
-/// Calls visit(numbers, count) with the numbers of those tokens of a stretch that `wanted(token)`, up to block_tokens
-/// of them at a time, taken in turn from so many places.
-template <class Wanted, class Visit>
-void for_each_block(const Stretch& stretch, Index places, Wanted&& wanted, Visit&& visit) {
-  Index tokens[block_tokens];
-  for (Index first = stretch.first; first < stretch.end(); first += block_tokens) {
-    const Index count = std::min(block_tokens, stretch.end() - first);
-    const Index each = (count + places - 1) / places;
-    Index listed = 0;
-    for (Index i = 0; i < each; ++i) {
-      for (Index j = i; j < count; j += each) {
-        if (wanted(first + j)) tokens[listed++] = first + j;
-      }
-    }
-    visit(static_cast<const Index*>(tokens), listed);
-  }
-}
 
 /// Calls run(first, count) for the longest runs of wanted numbers in [first, end), and other(number) for the rest.
 template <class Wanted, class Run, class Other>
