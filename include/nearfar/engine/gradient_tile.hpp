@@ -92,8 +92,8 @@ class GradientTile {
   template <class Band, class GradKey, class GradValue>
   void visit(KeyTile<T>& keys, const Band& band, GradKey&& grad_key, GradValue&& grad_value) {
     keys.complete();
-    std::fill_n(grad_key_, round_up(keys.count(), group_rows) * query_stride_, T(0));
-    std::fill_n(grad_value_, round_up(keys.count(), group_rows) * grad_out_stride_, T(0));
+    // Whether the gradients of a group of keys hold anything yet: the first products are written, not added.
+    bool begun[KeyTile<T>::capacity / group_rows] = {};
     rows_ahead_.clear();
     Index fetched = 0;
     // The gradients of the keys, which are added to at the end, a group of them at a time.
@@ -123,16 +123,19 @@ class GradientTile {
           fetch_group();
           const Index query = p * width + vector * lanes<T>;
           const Index place = j * width + vector * lanes<T>;
+          bool& add = begun[j / group_rows];
           add_rows<vectors>(weight_ + place, grad_out_rows_ + query * grad_out_stride_, grad_out_stride_,
-                            grad_value_ + j * grad_out_stride_);
+                            grad_value_ + j * grad_out_stride_, add);
           add_rows<vectors>(grad_score_ + place, query_rows_ + query * query_stride_, query_stride_,
-                            grad_key_ + j * query_stride_);
+                            grad_key_ + j * query_stride_, add);
+          add = true;
         }
       });
     }
     for (Index j = 0; j < keys.count(); ++j) {
-      add(grad_key_ + j * query_stride_, dim_, scale_, grad_key(j));
-      add(grad_value_ + j * grad_out_stride_, value_dim_, T(1), grad_value(j));
+      if (!begun[j / group_rows]) continue;
+      add_row_times(grad_key_ + j * query_stride_, dim_, scale_, grad_key(j));
+      add_row_times(grad_value_ + j * grad_out_stride_, value_dim_, T(1), grad_value(j));
     }
   }
 
@@ -219,17 +222,19 @@ class GradientTile {
   }
 
   template <class Storage>
-  static void add(const T* row, Index count, T factor, Storage* to) {
+  static void add_row_times(const T* row, Index count, T factor, Storage* to) {
     for (Index c = 0; c < count; ++c) to[c] += static_cast<Storage>(factor * row[c]);
   }
 
-  // sums(j) += sum_i factor(j, i) row(i) over the queries i of Vectors vectors, for a group of keys j.
+  // sums(j) = sum_i factor(j, i) row(i) over the queries i of Vectors vectors, or added to, for a group of keys j.
   template <int Vectors>
-  void add_rows(const T* factor, const T* rows, Index stride, T* sums) {
+  void add_rows(const T* factor, const T* rows, Index stride, T* sums, bool add) {
     for_each_panel<T>(stride, [&](auto features, Index column) {
       multiply_groups<group_rows, features>(
           Broadcast<T>{factor, width, 1}, group_rows, rows + column, stride, Vectors * lanes<T>,
-          [&](Index j, int v) { return ploadu<Packet<T>>(sums + j * stride + column + v * lanes<T>); },
+          [&](Index j, int v) {
+            return add ? ploadu<Packet<T>>(sums + j * stride + column + v * lanes<T>) : pset1<Packet<T>>(T(0));
+          },
           [&](Index j, int v, const Packet<T>& sum) { pstoreu(sums + j * stride + column + v * lanes<T>, sum); },
           Pace{rows_ahead_, pace});
     });
