@@ -62,5 +62,21 @@ TEST(Lookahead, CountsItsSteps) {
   EXPECT_TRUE(ahead.done());
 }
 
+TEST(Lookahead, GoesOnWithWhatIsLaterAndStillLater) {
+  const std::vector<float> rows(10 * 100);
+  detail::Lookahead first, later, last;
+  for (detail::Lookahead* ahead : {&first, &later, &last}) ahead->add(rows.data(), 100, 10, 64);
+  first.and_then(&later);
+  later.and_then(&last);
+  for (Index step = 0; step < 30; ++step) {
+    EXPECT_EQ(first.done(), step >= 10) << "after step " << step;
+    EXPECT_EQ(later.done(), step >= 20) << "after step " << step;
+    EXPECT_FALSE(last.done()) << "after step " << step;
+    first.step();
+  }
+  EXPECT_TRUE(last.done());
+  first.step();
+}
+
 }  // namespace
 }  // namespace nearfar::test
