@@ -31,8 +31,8 @@ class GradientTile {
   static constexpr Index width = panel_vectors * lanes<T>;
   static constexpr Index capacity = 240 / width * width;
 
-  /// One of so many inner steps of its products fetches.
-  static constexpr Index pace = 16;
+  /// One of so many inner steps of its products fetches: the fewer rows a register tile has, the shorter they are.
+  static constexpr Index pace = 128 / group_rows;
 
   /// How many queries, from number `first` on, it takes where those of a `block` see alike.
   static Index fitting(Index first, Index block) { return Panels<T>::fitting(capacity / width, first, block); }

@@ -102,13 +102,6 @@ void wide_window_gradient(Work& work, const Heads& heads, Window window, double 
         const Index row = rows.query_begin + i;
         const Tokens query = inputs.query.middle_cols(h * dim, dim);
         const Tokens grad = grad_out.middle_cols(h * value_dim, value_dim);
-        const Index next = i + count;
-        const Index queries_ahead = std::min(capacity, queries_seeing.end - next);
-        Lookahead later;
-        later.add(to.middle_rows(i, count));
-        later.add(query.middle_rows(row + count, queries_ahead));
-        later.add(grad.middle_rows(row + count, queries_ahead));
-        tile.lookahead().and_then(&later);
         tile.load(query.middle_rows(row, count), grad.middle_rows(row, count), i, log_sum_exp + h * queries + row,
                   delta + h * queries + row, T(scale));
         const Range seen = band.seen_by_any(i, count);
@@ -125,7 +118,14 @@ void wide_window_gradient(Work& work, const Heads& heads, Window window, double 
             fresh.announce(ahead, first + keys_ahead);
           };
           announce_keys(j, end);
-          if (j == end && queries_ahead > 0) announce_keys(std::max(band.first(next), own.first), own.end);
+          const Index next = i + count;
+          const Index queries_ahead = std::min(capacity, queries_seeing.end - next);
+          if (j == end) ahead.add(to.row(i), to.stride(), count, dim);
+          if (j == end && queries_ahead > 0) {
+            announce_keys(std::max(band.first(next), own.first), own.end);
+            ahead.add(query.row(row + count), query.stride(), queries_ahead, dim);
+            ahead.add(grad.row(row + count), grad.stride(), queries_ahead, value_dim);
+          }
           tile.visit(keys, band, grad_key_row, grad_value_row);
           keys.clear();
         }
