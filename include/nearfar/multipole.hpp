@@ -304,7 +304,7 @@ class Multipole {
 
       const bool past = detail::columns_past_caches(out, dim);
       detail::Lookahead later;
-      if (!past) later.add(result.data(), result.stride(), tile.count, dim);
+      if (!past) later.add(result);
       // Tasks are numbered head by head within a tile.
       const Index next_head = work.likely_next(head);
       if (next_head < heads_.query) {

@@ -29,6 +29,7 @@ class Lookahead {
     if (rows_ == 0) open(regions_ - 1);
   }
 
+  /// The same of rows of a matrix.
   template <class T>
   void add(const Tokens<T>& rows) {
     add(rows.data(), rows.stride(), rows.rows(), rows.cols());

@@ -29,8 +29,8 @@ class FreshGradients {
   /// It will come to those before `end`.
   void announce(Lookahead& ahead, Index end) const {
     const Index count = std::min(end, end_) - reached_;
-    ahead.add(key_.row(reached_), key_.stride(), count, key_.cols());
-    ahead.add(value_.row(reached_), value_.stride(), count, value_.cols());
+    ahead.add(key_.middle_rows(reached_, count));
+    ahead.add(value_.middle_rows(reached_, count));
   }
 
  private:

@@ -65,8 +65,8 @@ class MultipoleGradient {
           const Index next = tile_at(first + tile.count).count;
           Lookahead later;
           later.add(gradients_.query.row(first) + head * dim, gradients_.query.stride(), tile.count, dim);
-          later.add(query.row(first) + tile.count * query.stride(), query.stride(), next, dim);
-          later.add(grad.row(first) + tile.count * grad.stride(), grad.stride(), next, dim);
+          later.add(query.middle_rows(first + tile.count, next));
+          later.add(grad.middle_rows(first + tile.count, next));
           if (next > 0) walk.announce({0, first + tile.count, next}, key_head, later);
           queries.load(query.middle_rows(first, tile.count), grad.middle_rows(first, tile.count), first,
                        log_sum_exp + head * stride + first, delta + head * stride + first, scale, tree_.block());

@@ -52,8 +52,8 @@ class MultipoleWalk {
       rows.first = keys.take(key, value, mask, rows, tree_.first_token());
       const Index next = std::min(rows.count(), KeyTile<T>::capacity);
       lookahead.clear();
-      lookahead.add(key.row(rows.first), key.stride(), next, dim_);
-      lookahead.add(value.row(rows.first), value.stride(), next, dim_);
+      lookahead.add(key.middle_rows(rows.first, next));
+      lookahead.add(value.middle_rows(rows.first, next));
       if (keys.count() > 0) visit(near);
       keys.clear();
     }

@@ -321,7 +321,7 @@ class NarrowGradient {
     const Range own{pairs.tile.first + step, pairs.tile.first + step + tokens_a_tile};
     const auto add = [&](const auto& tokens, Index begin, Range next) {
       const Index count = std::min(next.end, pairs.rows.query_count) - next.first;
-      if (count > 0) ahead.add(tokens.row(begin + next.first), tokens.stride(), count, tokens.cols());
+      ahead.add(tokens.middle_rows(begin + next.first, count));
     };
     add(inputs_.key, pairs.rows.key_begin, met);
     add(inputs_.value, pairs.rows.key_begin, met);

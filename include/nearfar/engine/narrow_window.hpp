@@ -173,9 +173,7 @@ class NarrowWindow {
     if (next <= 0) return Spread();
     Lookahead ahead;
     const Range keys{std::max(band.first(first), band.end(tile.first + tile.count - 1)), band.end(first + next - 1)};
-    const auto add = [&](const auto& tokens, Index row, Index count) {
-      ahead.add(tokens.row(row), tokens.stride(), count, tokens.cols());
-    };
+    const auto add = [&](const auto& tokens, Index row, Index count) { ahead.add(tokens.middle_rows(row, count)); };
     add(inputs_.key, rows.key_begin + keys.first, keys.count());
     add(inputs_.value, rows.key_begin + keys.first, keys.count());
     add(inputs_.query, rows.query_begin + first, next);

@@ -25,6 +25,7 @@ struct MeanShares {
   }
 };
 
+/// How often score_rows_backward fetches for `rows` rows.
 template <class T>
 Index score_fetches(const PoolingShape& shape, Index rows) {
   constexpr Index panel = 2 * lanes<T>;
@@ -36,8 +37,7 @@ Index score_fetches(const PoolingShape& shape, Index rows) {
 ///   grad_x_i = start_i + sum_h weight_ih grad_mean_h + sum_h grad_score_ih w_h
 ///   grad_w_h += sum_i grad_score_ih x_i
 ///
-/// start(by, i, column) gives packets of start_i; it may read the rows of grad_x. Meanwhile fetches,
-/// score_fetches(shape, rows) times.
+/// start(by, i, column) gives packets of start_i; it may read the rows of grad_x. Meanwhile fetches.
 template <class T, class Start>
 void score_rows_backward(const PoolingShape& shape, const T* weights, const T* grad_scores, Tokens<const T> x,
                          T* grad_weights, const MeanShares<T>& mean_shares, Start start, Tokens<T> grad_x,

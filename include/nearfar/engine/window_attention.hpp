@@ -80,10 +80,10 @@ void window_attention_in_tiles(Work& work, const Heads& heads, Window window, do
         const Range joining{queries.loaded(), begun(seen.first + next_keys())};
         const Range leaving{queries.finished(), ended(seen.first)};
         ahead.clear();
-        ahead.add(key.row(seen.first), key.stride(), next_keys(), dim);
-        ahead.add(value.row(seen.first), value.stride(), next_keys(), value_dim);
-        ahead.add(query.row(joining.first), query.stride(), joining.count(), dim);
-        if (!store.past) ahead.add(result.row(leaving.first), result.stride(), leaving.count(), value_dim);
+        ahead.add(key.middle_rows(seen.first, next_keys()));
+        ahead.add(value.middle_rows(seen.first, next_keys()));
+        ahead.add(query.middle_rows(joining.first, joining.count()));
+        if (!store.past) ahead.add(result.middle_rows(leaving.first, leaving.count()));
         queries.visit(keys, band);
         keys.clear();
         finish_until(leaving.end);

@@ -113,18 +113,18 @@ void wide_window_gradient(Work& work, const Heads& heads, Window window, double 
           ahead.clear();
           const auto announce_keys = [&](Index first, Index last) {
             const Index keys_ahead = std::min(last - first, keys_a_visit);
-            ahead.add(key.row(0) + first * key.stride(), key.stride(), keys_ahead, dim);
-            ahead.add(value.row(0) + first * value.stride(), value.stride(), keys_ahead, value_dim);
+            ahead.add(key.middle_rows(first, keys_ahead));
+            ahead.add(value.middle_rows(first, keys_ahead));
             fresh.announce(ahead, first + keys_ahead);
           };
           announce_keys(j, end);
           const Index next = i + count;
           const Index queries_ahead = std::min(capacity, queries_seeing.end - next);
-          if (j == end) ahead.add(to.row(i), to.stride(), count, dim);
+          if (j == end) ahead.add(to.middle_rows(i, count));
           if (j == end && queries_ahead > 0) {
             announce_keys(std::max(band.first(next), own.first), own.end);
-            ahead.add(query.row(row + count), query.stride(), queries_ahead, dim);
-            ahead.add(grad.row(row + count), grad.stride(), queries_ahead, value_dim);
+            ahead.add(query.middle_rows(row + count, queries_ahead));
+            ahead.add(grad.middle_rows(row + count, queries_ahead));
           }
           tile.visit(keys, band, grad_key_row, grad_value_row);
           keys.clear();
