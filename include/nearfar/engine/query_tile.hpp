@@ -193,20 +193,22 @@ class QueryTile {
   // their maxima, where these are asked for.
   template <int Vectors>
   void score(Index p, Index vector, const KeyTile<T>& keys, Range range, Packet<T>* max = nullptr) {
-    if (range.count() == 0) return;
-    T* scores = scores_ + range.first * width + vector * lanes<T>;
-    Packet<T> largest[Vectors];
-    NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) largest[v] = pset1<Packet<T>>(-infinity<T>);
-    multiply_groups<group_rows, Vectors>(
-        keys.key(range.first), range.count(), query(p) + vector * lanes<T>, width, dim_,
-        [&](Index j, int) { return pset1<Packet<T>>(keys.bias(range.first + j)); },
-        [&](Index j, int v, const Packet<T>& product) {
-          largest[v] = pmax(largest[v], product);
-          pstoreu(scores + j * width + v * lanes<T>, product);
-        },
-        Pace{lookahead_, 24});
-    if (max == nullptr) return;
-    for (int v = 0; v < Vectors; ++v) max[vector + v] = pmax(max[vector + v], largest[v]);
+    T* scores = scores_ + vector * lanes<T>;
+    for (Index first = range.first; first < range.end; first += group_rows) {
+      // Of one group alone: kept in registers from group to group, the maxima drive g++ to spill the product's vectors.
+      Packet<T> largest[Vectors];
+      NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) largest[v] = pset1<Packet<T>>(-infinity<T>);
+      multiply_tile<group_rows, Vectors>(
+          keys.key(0), first, query(p) + vector * lanes<T>, width, dim_,
+          [&](Index j, int) { return pset1<Packet<T>>(keys.bias(j)); },
+          [&](Index j, int v, const Packet<T>& product) {
+            largest[v] = pmax(largest[v], product);
+            pstoreu(scores + j * width + v * lanes<T>, product);
+          },
+          Pace{lookahead_, 24});
+      if (max == nullptr) continue;
+      NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) max[vector + v] = pmax(max[vector + v], largest[v]);
+    }
   }
 
   // value = factor * value + what some keys add, for Vectors vectors of a panel from `vector` on; or where there are
