@@ -122,7 +122,8 @@ class PrefixBackward {
         room_(scratch.take<T>(stretch_.count * call.width())),
         grad_values_(whole_rows(grad.inputs.value)),
         grad_keys_(whole_rows(grad.inputs.key)),
-        grad_queries_(whole_rows(grad.inputs.query)),
+        grad_queries_(grad.inputs.query.middle_rows(stretch_.first, stretch_.count)),
+        queries_past_(rows_past_caches(grad.inputs.query, shape_.dim)),
         mean_(call, grad.saved, s, visible_, fetch_own(), scratch),
         grad_rows_(scratch.take<T>(visible_.count * call.width()), visible_.count, call.width(), call.width()),
         grad_scores_(scratch.take<T>(prefix_stretch * shape_.padded())) {
@@ -130,7 +131,7 @@ class PrefixBackward {
     list_rows_of_queries();
     Lookahead ahead;
     grad_keys_.announce(ahead);
-    grad_queries_.announce(ahead);
+    if (!queries_past_) ahead.add(grad_queries_);
     ahead.add(call.inputs.query.middle_rows(next.first, next.count));
     ahead.add(call.inputs.key.middle_rows(next.first, next.count));
     fetch_ = Spread(ahead, 2 * (of_keys_.fetches(shape_) + of_queries_.fetches(shape_) +
@@ -144,7 +145,7 @@ class PrefixBackward {
   void keys(const SuffixSums<T>& after, T* grad_weights) {
     of_keys_.go_back(shape_, after, fetch_);
     grad_values_.finish();
-    scores_backward(0, call_.w_k, mean_.p, grad_weights, {}, grad_rows_);
+    scores_backward(0, call_.w_k, mean_.p, grad_weights, {}, grad_rows_, {});
   }
 
   /// What the rows of p leave for the queries before the stretch.
@@ -165,17 +166,17 @@ class PrefixBackward {
         0, stretch_.count, [&](Index i) { return visible_.at[i]; },
         [&](Index i, Index count) {
           scores_backward(visible_.seen[i] - 1, call_.w_q, query.middle_rows(i, count), grad_weights,
-                          start.middle_rows(i, count), grad_queries_.rows.middle_rows(i, count));
+                          start.middle_rows(i, count), grad_queries_.middle_rows(i, count), {queries_past_});
         },
         [&](Index i) {
-          T* const row = grad_queries_.rows.row(i);
+          T* const row = grad_queries_.row(i);
           call_.add_query ? std::copy_n(start.row(i), call_.width(), row) : std::fill_n(row, call_.width(), T(0));
         });
-    grad_queries_.finish();
+    if (queries_past_) order_stores();
   }
 
  private:
-  /// The stretch's rows of a gradient. One is finished before the next is written, so that all may share the room.
+  /// The stretch's rows of a gradient. One is finished before the next is written, so that both may share the room.
   WholeRows<T> whole_rows(const Tokens<T>& gradient) const {
     return {gradient, stretch_.first, stretch_.count, shape_.dim, room_};
   }
@@ -230,7 +231,7 @@ class PrefixBackward {
   /// grad_x = the rows of grad_rows_ from `first` on + what reaches the rows of x through their scores + start, which
   /// may be empty (zero).
   void scores_backward(Index first, const T* weights, Tokens<const T> x, T* grad_weights, Tokens<const T> start,
-                       Tokens<T> grad_x) {
+                       Tokens<T> grad_x, KeepOrPastCaches store) {
     const Tokens<T> own = grad_rows_.middle_rows(first, x.rows());
     score_rows_backward(
         call_.query_shape(), weights, grad_scores_ + first * shape_.padded(), x, grad_weights, {},
@@ -239,7 +240,7 @@ class PrefixBackward {
           const P sum = ploadu<P>(own.row(i) + c);
           return start.data() == nullptr ? sum : P(padd(sum, ploadu<P>(start.row(i) + c)));
         },
-        grad_x, fetch_);
+        grad_x, store, fetch_);
   }
 
   const AdditiveCall<T>& call_;
@@ -250,7 +251,8 @@ class PrefixBackward {
   T* room_;
   WholeRows<T> grad_values_;
   WholeRows<T> grad_keys_;
-  WholeRows<T> grad_queries_;
+  Tokens<T> grad_queries_;
+  bool queries_past_;
   PrefixMeans<T> mean_;
   PrefixRows<T> of_keys_;
   PrefixRows<T> of_queries_;

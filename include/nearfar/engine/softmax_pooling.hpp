@@ -29,7 +29,7 @@ inline constexpr int row_block = 3;
 
 /// So many rows are scored before their weighted sums are taken: these are then read and written once for all of them,
 /// and the rows are still in the cache.
-inline constexpr Index pool_rows = 4 * row_block;
+inline constexpr Index pool_rows = 2 * row_block;
 
 /// Scores fetch, what the caller would have fetched, once for every so many columns.
 template <class T>

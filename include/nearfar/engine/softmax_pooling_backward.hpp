@@ -37,31 +37,38 @@ Index score_fetches(const PoolingShape& shape, Index rows) {
 ///   grad_x_i = start_i + sum_h weight_ih grad_mean_h + sum_h grad_score_ih w_h
 ///   grad_w_h += sum_i grad_score_ih x_i
 ///
-/// start(by, i, column) gives packets of start_i; it may read the rows of grad_x. Meanwhile fetches.
+/// start(by, i, column) gives packets of start_i; it may read the rows of grad_x. These are written a few at a time,
+/// from their first column to their last, vectors by store(to, packet). Meanwhile fetches.
 template <class T, class Start>
 void score_rows_backward(const PoolingShape& shape, const T* weights, const T* grad_scores, Tokens<const T> x,
                          T* grad_weights, const MeanShares<T>& mean_shares, Start start, Tokens<T> grad_x,
-                         Spread& fetch) {
+                         KeepOrPastCaches store, Spread& fetch) {
   const Index count = x.rows();
   const Index padded = shape.padded();
   const Index cols = shape.cols();
   const Index in_vectors = shape.dim / lanes<T> * lanes<T>;
-  for (Index g = 0; g < shape.heads / shape.group; ++g) {
-    // The heads whose scores see these columns.
-    const Index first = shape.own_columns ? g * shape.group : 0;
-    const Index heads = shape.own_columns ? shape.group : shape.heads;
-    const T* const grad_score = grad_scores + first;
-    const MeanShares<T> shares = mean_shares.from_head(g * shape.group, shape.dim);
+  const Index groups = shape.heads / shape.group;
+  // The heads whose scores see the columns of group g.
+  const auto first_head = [&](Index g) { return shape.own_columns ? g * shape.group : 0; };
+  const Index heads = shape.own_columns ? shape.group : shape.heads;
+  const auto shares_of = [&](Index g) { return mean_shares.from_head(g * shape.group, shape.dim); };
+  for (Index g = 0; g < groups; ++g) {
     for_each_panel<T>(in_vectors, [&](auto panel, Index c) {
-      constexpr int vectors = decltype(panel)::value;
       const Index at = g * shape.dim + c;
-      T* const grad_w = grad_weights + first * cols + at;
-      multiply<vectors>(
-          Broadcast<T>{grad_score, 1, padded}, heads, x.data() + at, x.stride(), count,
+      T* const grad_w = grad_weights + first_head(g) * cols + at;
+      multiply<decltype(panel)::value>(
+          Broadcast<T>{grad_scores + first_head(g), 1, padded}, heads, x.data() + at, x.stride(), count,
           [&](Index h, int v) { return ploadu<Packet<T>>(grad_w + h * cols + v * lanes<T>); },
           [&](Index h, int v, const Packet<T>& sum) { pstoreu(grad_w + h * cols + v * lanes<T>, sum); });
-      for_each_tile<vectors>(count, [&](auto tile, Index i) {
-        constexpr int rows = decltype(tile)::value;
+    });
+  }
+  for_each_tile<2>(count, [&](auto tile, Index i) {
+    constexpr int rows = decltype(tile)::value;
+    for (Index g = 0; g < groups; ++g) {
+      const MeanShares<T> shares = shares_of(g);
+      for_each_panel<T>(in_vectors, [&](auto panel, Index c) {
+        constexpr int vectors = decltype(panel)::value;
+        const Index at = g * shape.dim + c;
         Packet<T> sum[rows][vectors];
         NEARFAR_UNROLL for (int r = 0; r < rows; ++r) {
           NEARFAR_UNROLL for (int v = 0; v < vectors; ++v) sum[r][v] = start(ByVectors{}, i + r, at + v * lanes<T>);
@@ -70,14 +77,18 @@ void score_rows_backward(const PoolingShape& shape, const T* weights, const T* g
           multiply_add(sum, Broadcast<T>{shares.weights, shares.stride, 1}.rows_from(i), shares.grad_means + c,
                        shape.dim, shape.group);
         }
-        multiply_add(sum, Broadcast<T>{grad_score, padded, 1}.rows_from(i), weights + first * cols + at, cols, heads);
+        multiply_add(sum, Broadcast<T>{grad_scores + first_head(g), padded, 1}.rows_from(i),
+                     weights + first_head(g) * cols + at, cols, heads);
         NEARFAR_UNROLL for (int r = 0; r < rows; ++r) {
           fetch();
           T* const to = grad_x.row(i + r) + at;
-          NEARFAR_UNROLL for (int v = 0; v < vectors; ++v) pstoreu(to + v * lanes<T>, sum[r][v]);
+          NEARFAR_UNROLL for (int v = 0; v < vectors; ++v) store(to + v * lanes<T>, sum[r][v]);
         }
       });
-    });
+    }
+  });
+  for (Index g = 0; g < groups; ++g) {
+    const MeanShares<T> shares = shares_of(g);
     for (Index c = in_vectors; c < shape.dim; ++c) {
       const Index at = g * shape.dim + c;
       for (Index i = 0; i < count; ++i) {
@@ -85,9 +96,9 @@ void score_rows_backward(const PoolingShape& shape, const T* weights, const T* g
         for (Index h = 0; h < shape.group && shares.weights != nullptr; ++h) {
           sum += shares.weights[i * shares.stride + h] * shares.grad_means[h * shape.dim + c];
         }
-        for (Index h = 0; h < heads; ++h) {
-          sum += grad_score[i * padded + h] * weights[(first + h) * cols + at];
-          grad_weights[(first + h) * cols + at] += grad_score[i * padded + h] * x(i, at);
+        for (Index h = first_head(g); h < first_head(g) + heads; ++h) {
+          sum += grad_scores[i * padded + h] * weights[h * cols + at];
+          grad_weights[h * cols + at] += grad_scores[i * padded + h] * x(i, at);
         }
         grad_x(i, at) = sum;
       }
@@ -132,16 +143,15 @@ void pool_backward(const PoolingShape& shape, const T* weights, Tokens<const T> 
   const Scratch::Scope scope(scratch);
   const Index padded = shape.padded();
   T* const grad_scores = scratch.take<T>(backward_rows * padded);
-  T* const room = scratch.take<T>(backward_rows * shape.cols());
+  const bool past = rows_past_caches(grad_x, shape.dim);
   for (const Index end = first + count; first < end; first += backward_rows) {
     const Index rows = std::min(backward_rows, end - first);
-    const WholeRows<T> written(grad_x, first, rows, shape.dim, room);
     const Index next = first + rows < end ? first + rows : then;
     const Index next_rows = std::min(backward_rows, x.rows() - next);
     Lookahead ahead;
     ahead.add(x.middle_rows(next, next_rows));
     if (start.data() != nullptr) ahead.add(start.middle_rows(next, next_rows));
-    WholeRows<T>(grad_x, next, next_rows, shape.dim, room).announce(ahead);
+    if (!past) ahead.add(grad_x.middle_rows(next, next_rows));
     Spread fetch(ahead, rows * shape.heads + score_fetches<T>(shape, rows));
     for (Index i = 0; i < rows; ++i) {
       T* const grad_score = grad_scores + i * padded;
@@ -157,9 +167,9 @@ void pool_backward(const PoolingShape& shape, const T* weights, Tokens<const T> 
           using P = typename decltype(by)::template Of<T>;
           return from == nullptr ? pset1<P>(T(0)) : ploadu<P>(from + i * stride + c);
         },
-        written.rows, fetch);
-    written.finish();
+        grad_x.middle_rows(first, rows), KeepOrPastCaches{past}, fetch);
   }
+  if (past) order_stores();
 }
 
 }  // namespace detail
