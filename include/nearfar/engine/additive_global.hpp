@@ -143,8 +143,7 @@ void pool_sequences_backward(const AdditiveCall<T>& call, const PoolingShape& sh
     const T* const weights = weights_of(stretch.sequence, scratch);
     T* const center = scratch.take<T>(shape.padded());
     // The means stand head by head, as one row of as many heads of their own.
-    Spread nothing;
-    dot_heads(PoolingShape{shape.heads, shape.dim}, means.row(stretch.sequence).data(), grad_mean, center, nothing);
+    dot_heads(PoolingShape{shape.heads, shape.dim}, means.row(stretch.sequence).data(), grad_mean, center);
     std::fill_n(parts + s * size, size, T(0));
     for_each_run(
         stretch.first, stretch.end(), [&](Index token) { return call.sees(token); },

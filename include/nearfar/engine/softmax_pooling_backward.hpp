@@ -25,11 +25,24 @@ struct MeanShares {
   }
 };
 
+/// Fetches during a product, every other inner step.
+struct SpreadPace {
+  Spread& fetch;
+  static constexpr Index every = 2;
+
+  NEARFAR_INLINE void operator()() const { fetch(); }
+};
+
 /// How often score_rows_backward fetches for `rows` rows.
 template <class T>
 Index score_fetches(const PoolingShape& shape, Index rows) {
-  constexpr Index panel = 2 * lanes<T>;
-  return rows * (shape.heads / shape.group) * ((shape.dim / lanes<T> * lanes<T> + panel - 1) / panel);
+  const auto times = [](Index count, Index step) { return (count + step - 1) / step; };
+  const Index heads = shape.own_columns ? shape.group : shape.heads;
+  const Index panels = shape.heads / shape.group * times(shape.dim / lanes<T>, 2);
+  const auto products = [&](Index count, Index depth) {
+    return times(count, tile_rows<2>) * times(depth, SpreadPace::every);
+  };
+  return panels * (products(heads, rows) + products(rows, heads));
 }
 
 /// The gradient of scores = x weights^T for a few rows of x:
@@ -59,7 +72,8 @@ void score_rows_backward(const PoolingShape& shape, const T* weights, const T* g
       multiply<decltype(panel)::value>(
           Broadcast<T>{grad_scores + first_head(g), 1, padded}, heads, x.data() + at, x.stride(), count,
           [&](Index h, int v) { return ploadu<Packet<T>>(grad_w + h * cols + v * lanes<T>); },
-          [&](Index h, int v, const Packet<T>& sum) { pstoreu(grad_w + h * cols + v * lanes<T>, sum); });
+          [&](Index h, int v, const Packet<T>& sum) { pstoreu(grad_w + h * cols + v * lanes<T>, sum); },
+          SpreadPace{fetch});
     });
   }
   for_each_tile<2>(count, [&](auto tile, Index i) {
@@ -78,9 +92,8 @@ void score_rows_backward(const PoolingShape& shape, const T* weights, const T* g
                        shape.dim, shape.group);
         }
         multiply_add(sum, Broadcast<T>{grad_scores + first_head(g), padded, 1}.rows_from(i),
-                     weights + first_head(g) * cols + at, cols, heads);
+                     weights + first_head(g) * cols + at, cols, heads, SpreadPace{fetch});
         NEARFAR_UNROLL for (int r = 0; r < rows; ++r) {
-          fetch();
           T* const to = grad_x.row(i + r) + at;
           NEARFAR_UNROLL for (int v = 0; v < vectors; ++v) store(to + v * lanes<T>, sum[r][v]);
         }
@@ -106,16 +119,15 @@ void score_rows_backward(const PoolingShape& shape, const T* weights, const T* g
   }
 }
 
-/// products[h] = x[columns of head h] . y[head h] for all heads (padded). Meanwhile fetches, once a head.
+/// products[h] = x[columns of head h] . y[head h] for all heads (padded).
 template <class T>
-void dot_heads(const PoolingShape& shape, const T* x, const T* y, T* products, Spread& fetch) {
+void dot_heads(const PoolingShape& shape, const T* x, const T* y, T* products) {
   for (Index first = 0; first < shape.padded(); first += head_block) {
     const Index heads = std::min<Index>(head_block, shape.heads - first);
     Packet<T> sum[head_block];
     T rest[head_block] = {};
     for (int h = 0; h < head_block; ++h) sum[h] = pset1<Packet<T>>(T(0));
     for (Index h = 0; h < heads; ++h) {
-      fetch();
       const T* const a = x + shape.column(first + h);
       const T* const b = y + (first + h) * shape.dim;
       Index c = 0;
@@ -152,10 +164,11 @@ void pool_backward(const PoolingShape& shape, const T* weights, Tokens<const T> 
     ahead.add(x.middle_rows(next, next_rows));
     if (start.data() != nullptr) ahead.add(start.middle_rows(next, next_rows));
     if (!past) ahead.add(grad_x.middle_rows(next, next_rows));
-    Spread fetch(ahead, rows * shape.heads + score_fetches<T>(shape, rows));
+    Spread fetch(ahead, rows + score_fetches<T>(shape, rows));
     for (Index i = 0; i < rows; ++i) {
       T* const grad_score = grad_scores + i * padded;
-      dot_heads(shape, x.row(first + i), grad_mean, grad_score, fetch);
+      fetch();
+      dot_heads(shape, x.row(first + i), grad_mean, grad_score);
       const T* const weight = weights_of_rows.row(first + i).data();
       for (Index h = 0; h < shape.heads; ++h) grad_score[h] = ln_2<T> * weight[h] * (grad_score[h] - center[h]);
     }
