@@ -51,7 +51,7 @@ class FewQueries {
  private:
   static constexpr Index segment_keys = 1024;
   // Rows lie apart by more than the hardware follows from page to page, so each is asked for some rows before its turn.
-  static constexpr Index rows_ahead = 4;
+  static constexpr Index rows_ahead = 8;
 
   Range seen(const Sequence& rows) const {
     if (rows.query_count == 0) return {};
@@ -83,10 +83,11 @@ class FewQueries {
       const Scalar* key = inputs_.key.row(rows.key_begin + first + j);
       for (Index i = 0; i < rows.query_count; ++i) {
         if (first + j < band.first(i) || first + j >= band.end(i)) continue;
-        for (Index h = 0; h < heads_.query; ++h) {
-          weights[(i * heads_.query + h) * segment_keys + j] =
-              dot(query + i * heads_.query_cols() + h * heads_.dim, key + h / heads_.group() * heads_.dim);
-        }
+        T* const scores = weights + i * heads_.query * segment_keys + j;
+        const T* const own = query + i * heads_.query_cols();
+        for_each_head([&, dim = heads_.dim, ahead = rows_ahead * inputs_.key.stride()](Index h, Index g) {
+          scores[h * segment_keys] = dot(own + h * dim, key + g * dim, dim, ahead);
+        });
       }
     }
     for (Index list = 0; list < lists; ++list) {
@@ -99,47 +100,59 @@ class FewQueries {
       const Scalar* value = inputs_.value.row(rows.key_begin + first + j);
       for (Index i = 0; i < rows.query_count; ++i) {
         if (first + j < band.first(i) || first + j >= band.end(i)) continue;
-        for (Index h = 0; h < heads_.query; ++h) {
-          const Index list = i * heads_.query + h;
-          add(weights[list * segment_keys + j], value + h / heads_.group() * heads_.value_width(),
-              triples + list * triple_size());
-        }
+        const T* const weight = weights + i * heads_.query * segment_keys + j;
+        T* const triple = triples + i * heads_.query * triple_size();
+        for_each_head([&, width = heads_.value_width(), ahead = rows_ahead * inputs_.value.stride()](Index h, Index g) {
+          add(weight[h * segment_keys], value + g * width, triple + h * (width + 2), width, ahead);
+        });
       }
     }
   }
 
-  T dot(const T* query, const Scalar* key) const {
+  // Calls visit(head, key_head) for all heads.
+  template <class Visit>
+  NEARFAR_INLINE void for_each_head(Visit&& visit) const {
+    const Index group = heads_.group();
+    for (Index g = 0, h = 0; h < heads_.query; ++g) {
+      for (const Index end = h + group; h < end; ++h) visit(h, g);
+    }
+  }
+
+  // `ahead` is how far behind lies what will be read soon.
+  NEARFAR_INLINE static T dot(const T* query, const Scalar* key, Index dim, Index ahead) {
     T sum = 0;
     Index c = 0;
     if constexpr (std::is_same_v<T, Scalar>) {
       Packet<T> sums = pset1<Packet<T>>(T(0));
-      for (; c + lanes<T> <= heads_.dim; c += lanes<T>) {
-        prefetch_far(key + c + rows_ahead * inputs_.key.stride());
+      for (; c + lanes<T> <= dim; c += lanes<T>) {
+        prefetch_far(key + c + ahead);
         sums = pmadd(ploadu<Packet<T>>(query + c), ploadu<Packet<T>>(key + c), sums);
       }
       sum = Eigen::internal::predux(sums);
     }
-    for (; c < heads_.dim; ++c) sum += query[c] * T(key[c]);
+    for (; c < dim; ++c) sum += query[c] * T(key[c]);
     return sum;
   }
 
   // value += weight * row
-  void add(T weight, const Scalar* row, T* value) const {
+  NEARFAR_INLINE static void add(T weight, const Scalar* row, T* value, Index width, Index ahead) {
     Index c = 0;
     if constexpr (std::is_same_v<T, Scalar>) {
       const Packet<T> factor = pset1<Packet<T>>(weight);
-      for (; c + lanes<T> <= heads_.value_width(); c += lanes<T>) {
-        prefetch_far(row + c + rows_ahead * inputs_.value.stride());
+      for (; c + lanes<T> <= width; c += lanes<T>) {
+        prefetch_far(row + c + ahead);
         pstoreu(value + c, pmadd(factor, ploadu<Packet<T>>(row + c), ploadu<Packet<T>>(value + c)));
       }
     }
-    for (; c < heads_.value_width(); ++c) value[c] += weight * T(row[c]);
+    for (; c < width; ++c) value[c] += weight * T(row[c]);
   }
 
   // Turns a list of scores into weights 2^(score - max) and gives their maximum and sum.
   static void weigh(T* scores, T& max, T& sum) {
     static_assert(segment_keys % lanes<T> == 0);
-    max = *std::max_element(scores, scores + segment_keys);
+    Packet<T> largest = ploadu<Packet<T>>(scores);
+    for (Index j = lanes<T>; j < segment_keys; j += lanes<T>) largest = pmax(largest, ploadu<Packet<T>>(scores + j));
+    max = Eigen::internal::predux_max(largest);
     const Packet<T> shift = pset1<Packet<T>>(max == -infinity<T> ? T(0) : max);
     Packet<T> sums = pset1<Packet<T>>(T(0));
     for (Index j = 0; j < segment_keys; j += lanes<T>) {
