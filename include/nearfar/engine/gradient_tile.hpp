@@ -88,9 +88,9 @@ class GradientTile {
   }
 
   /// Walks back over the keys of a tile. The gradients of key j of the tile are added to the rows grad_key(j) and
-  /// grad_value(j), of `dim` and `value_dim` numbers.
+  /// grad_value(j), of `dim` and `value_dim` numbers, or where j is among the `fresh` written to them.
   template <class Band, class GradKey, class GradValue>
-  void visit(KeyTile<T>& keys, const Band& band, GradKey&& grad_key, GradValue&& grad_value) {
+  void visit(KeyTile<T>& keys, const Band& band, Range fresh, GradKey&& grad_key, GradValue&& grad_value) {
     keys.complete();
     // Whether the gradients of a group of keys hold anything yet: the first products are written, not added.
     bool begun[KeyTile<T>::capacity / group_rows] = {};
@@ -133,9 +133,15 @@ class GradientTile {
       });
     }
     for (Index j = 0; j < keys.count(); ++j) {
-      if (!begun[j / group_rows]) continue;
-      add_row_times(grad_key_ + j * query_stride_, dim_, scale_, grad_key(j));
-      add_row_times(grad_value_ + j * grad_out_stride_, value_dim_, T(1), grad_value(j));
+      const bool write = fresh.first <= j && j < fresh.end;
+      if (!begun[j / group_rows]) {
+        if (!write) continue;
+        std::fill_n(grad_key(j), dim_, 0);
+        std::fill_n(grad_value(j), value_dim_, 0);
+      } else {
+        take_row(grad_key_ + j * query_stride_, dim_, scale_, write, grad_key(j));
+        take_row(grad_value_ + j * grad_out_stride_, value_dim_, T(1), write, grad_value(j));
+      }
     }
   }
 
@@ -221,9 +227,14 @@ class GradientTile {
         Pace{lookahead_, pace});
   }
 
+  // Adds factor * row, or writes it.
   template <class Storage>
-  static void add_row_times(const T* row, Index count, T factor, Storage* to) {
-    for (Index c = 0; c < count; ++c) to[c] += static_cast<Storage>(factor * row[c]);
+  static void take_row(const T* row, Index count, T factor, bool write, Storage* to) {
+    if (write) {
+      for (Index c = 0; c < count; ++c) to[c] = static_cast<Storage>(factor * row[c]);
+    } else {
+      for (Index c = 0; c < count; ++c) to[c] += static_cast<Storage>(factor * row[c]);
+    }
   }
 
   // sums(j) = sum_i factor(j, i) row(i) over the queries i of Vectors vectors, or added to, for a group of keys j.

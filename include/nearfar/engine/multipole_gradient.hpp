@@ -73,19 +73,19 @@ class MultipoleGradient {
           queries.lookahead().and_then(&later);
           walk.near_field(tile, key_head, keys, queries.lookahead(), [&](const auto& band) {
             const Index end = keys.position(keys.count() - 1) + 1;
-            fresh.reach(end);
+            const Range written = fresh.reach(keys, end);
             fresh.announce(queries.lookahead(), end + KeyTile<T>::capacity);
-            queries.visit(keys, band, near_key, near_value);
+            queries.visit(keys, band, written, near_key, near_value);
           });
           if (far) {
             walk.far_field(tile, key_head, keys,
-                           [&](const auto& band) { queries.visit(keys, band, far_key, far_value); });
+                           [&](const auto& band) { queries.visit(keys, band, {}, far_key, far_value); });
           }
           queries.finish(gradients_.query.middle_rows(first, tile.count).middle_cols(head * dim, dim));
           first += tile.count;
         }
       }
-      fresh.reach(own.end);
+      fresh.finish();
     });
     add_strips();
     add_far_fields();

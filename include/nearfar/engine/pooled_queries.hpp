@@ -94,7 +94,7 @@ class PooledQueries {
                                    sums.grad_out.tokens(head, origin + first, count), first, sums.reference + place,
                                    sums.delta + place, scale_);
           walk.far_level(l, first, count, key_head, keys,
-                         [&](const auto& band) { queries.visit(keys, band, grad_key, grad_value); });
+                         [&](const auto& band) { queries.visit(keys, band, {}, grad_key, grad_value); });
           queries.finish(grad_pooled.tokens(head, origin + first, count));
         }
       }

@@ -108,7 +108,7 @@ void wide_window_gradient(Work& work, const Heads& heads, Window window, double 
         const Index end = std::min(seen.end, own.end);
         for (Index j = std::max(seen.first, own.first); j < end;) {
           j = keys.take(key, value, mask, {j, end}, 0, keys_a_visit);
-          fresh.reach(j);
+          const Range written = fresh.reach(keys, j);
           Lookahead& ahead = tile.lookahead();
           ahead.clear();
           const auto announce_keys = [&](Index first, Index last) {
@@ -126,13 +126,13 @@ void wide_window_gradient(Work& work, const Heads& heads, Window window, double 
             ahead.add(query.middle_rows(row + count, queries_ahead));
             ahead.add(grad.middle_rows(row + count, queries_ahead));
           }
-          tile.visit(keys, band, grad_key_row, grad_value_row);
+          tile.visit(keys, band, written, grad_key_row, grad_value_row);
           keys.clear();
         }
         tile.finish(to.middle_rows(i, count));
       }
     }
-    fresh.reach(own.end);
+    fresh.finish();
   });
   if (segments == 1) return;
 
