@@ -1,6 +1,7 @@
 #pragma once
 
 #include <nearfar/context.hpp>
+#include <nearfar/detail/lookahead.hpp>
 #include <nearfar/detail/simd.hpp>
 #include <nearfar/engine/hierarchy.hpp>
 
@@ -177,6 +178,18 @@ void add_rows(const HeadRows<const T>& rows, Index head, const Index* row, Index
   for (Index i = 0; i < count; ++i) add_row(rows.dim, sum, rows.row(head, row[i]));
 }
 
+/// Fetches the tokens of row r of level 1, unless that is `end`, over so many calls.
+template <class T>
+Spread fetch_sub_block(const Hierarchy& tree, HeadRows<T> tokens, Index r, Index end, Index calls) {
+  Lookahead ahead;
+  if (r < end) {
+    const Range members = tree.sub_block_tokens(r);
+    ahead.add(tokens.row(0, members.first - tree.first_token()), tokens.row_stride, members.count(),
+              tokens.heads * tokens.dim);
+  }
+  return Spread(ahead, calls);
+}
+
 /// The upward pass of average pooling: the mean of each sub-block of every level, over the tokens that `count` counts.
 /// `tokens` and `mask` begin with the tree's first token; groups without new tokens are left as they are.
 ///
@@ -196,12 +209,16 @@ void pool_average(Work& work, const Hierarchy& tree, HeadRows<const T> tokens, c
       if (l == 1) {
         const Range members = tree.sub_block_tokens(r);
         pooled.set_zero(parent);
+        Spread fetch = fetch_sub_block(tree, tokens, r + 1, rows.end, (members.count() + 3) / 4 * pooled.heads);
         std::array<Index, 4> seen;
         for (Index i = members.first, n = 0; i < members.end; ++i) {
           const Index row = i - tree.first_token();
           if (mask == nullptr || mask[row] != 0) seen[static_cast<std::size_t>(n++)] = row;
           if (n < 4 && i + 1 < members.end) continue;
-          for (Index h = 0; h < pooled.heads; ++h) add_rows(tokens, h, seen.data(), n, pooled.row(h, parent));
+          for (Index h = 0; h < pooled.heads; ++h) {
+            fetch();
+            add_rows(tokens, h, seen.data(), n, pooled.row(h, parent));
+          }
           n = 0;
         }
         const T share = T(1) / count[parent];
@@ -235,9 +252,11 @@ void pool_average_backward(Work& work, const Hierarchy& tree, const std::uint8_t
       if (l == 1) {
         const Range members = tree.sub_block_tokens(r);
         const T share = T(1) / count[parent];
+        Spread fetch = fetch_sub_block(tree, grad_tokens, r + 1, rows.end, members.count() * grad_pooled.heads);
         for (Index i = members.first; i < members.end; ++i) {
           if (mask != nullptr && mask[i] == 0) continue;
           for (Index h = 0; h < grad_pooled.heads; ++h) {
+            fetch();
             grad_tokens.features(h, i) += share * grad_pooled.features(h, parent);
           }
         }
