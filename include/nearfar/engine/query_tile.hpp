@@ -158,9 +158,7 @@ class QueryTile {
   // see. `finite` says whether the values are; `max`, of each vector, begins at -infinity.
   void meet(Index p, const KeyTile<T>& keys, const PanelKeys& seen, bool finite, Packet<T>* max,
             FunctionRef<void(int, int, Range, Range)> hide) {
-    int stretches = 0;
     seen.for_each_stretch([&](auto vectors, int vector, Range range, Range all) {
-      ++stretches;
       for (const Range& part : {Range{range.first, all.first}, all, Range{all.end, range.end}}) {
         score<vectors>(p, vector, keys, part, part.first == all.first ? max : nullptr);
       }
@@ -172,20 +170,13 @@ class QueryTile {
       const Range any = seen.any(v);
       if (any.count() > 0) factor[v] = softmax.update(v, scores_ + any.first * width, any.count(), max[v]);
     }
-    // What a visit adds to a value is one sum in the order of the keys, into however many stretches these fall: else
-    // keys that a query does not see would change its last bit.
-    T* const sums = stretches > 1 || !finite ? sums_ : nullptr;
-    if (sums != nullptr) std::fill_n(sums, value_rows() * width, T(0));
-    seen.for_each_stretch([&](auto vectors, int vector, Range range, Range) {
-      if (finite) return add_values<vectors>(softmax, vector, keys, range, factor, sums);
-      for (int v = vector; v < vector + vectors; ++v) add_weighed_values(v, keys, range);
-    });
-    for (int v = 0; v < panel_vectors && sums != nullptr; ++v) {
-      if (seen.any(v).count() == 0) continue;
-      for (Index at = v * lanes<T>; at < value_dim_ * width; at += width) {
-        T* const o = softmax.value + at;
-        pstoreu(o, pmadd(ploadu<Packet<T>>(o), factor[v], ploadu<Packet<T>>(sums + at)));
-      }
+    if (finite) {
+      return seen.for_each_stretch([&](auto vectors, int vector, Range range, Range) {
+        add_values<vectors>(softmax, vector, keys, range, seen, factor);
+      });
+    }
+    for (int v = 0; v < panel_vectors; ++v) {
+      if (seen.any(v).count() > 0) add_weighed_values(softmax, v, keys, seen.any(v), factor[v]);
     }
   }
 
@@ -211,36 +202,43 @@ class QueryTile {
     }
   }
 
-  // value = factor * value + what some keys add, for Vectors vectors of a panel from `vector` on; or where there are
-  // `sums`, these take what the keys add.
+  // value = factor * value + what its keys add, for Vectors vectors of a panel from `vector` on. What a visit adds to a
+  // value is one sum in the order of the keys, into however many stretches these fall, else keys that a query does not
+  // see would change its last bit: from the first stretch of a vector to its last it waits in sums_.
   template <int Vectors>
-  void add_values(const Panel& softmax, Index vector, const KeyTile<T>& keys, Range range, const Packet<T>* factor,
-                  T* sums) {
+  void add_values(const Panel& softmax, Index vector, const KeyTile<T>& keys, Range range, const PanelKeys& seen,
+                  const Packet<T>* factor) {
+    bool begins[Vectors], ends[Vectors];
+    for (int v = 0; v < Vectors; ++v) {
+      begins[v] = seen.any(static_cast<int>(vector) + v).first == range.first;
+      ends[v] = seen.any(static_cast<int>(vector) + v).end == range.end;
+    }
     const auto at = [&](Index c, int v) { return c * width + (vector + v) * lanes<T>; };
     multiply_groups<group_rows, Vectors>(
         keys.value_transposed(range.first), keys.value_stride(), scores_ + range.first * width + vector * lanes<T>,
         width, range.count(),
-        [&](Index c, int v) { return sums == nullptr ? pset1<Packet<T>>(T(0)) : ploadu<Packet<T>>(sums + at(c, v)); },
+        [&](Index c, int v) { return begins[v] ? pset1<Packet<T>>(T(0)) : ploadu<Packet<T>>(sums_ + at(c, v)); },
         [&](Index c, int v, const Packet<T>& product) {
-          if (sums != nullptr) return pstoreu(sums + at(c, v), product);
+          if (!ends[v]) return pstoreu(sums_ + at(c, v), product);
           T* const o = softmax.value + at(c, v);
           pstoreu(o, pmadd(ploadu<Packet<T>>(o), factor[vector + v], product));
         },
         Pace{lookahead_, 24});
   }
 
-  // The sums of one vector take what some keys add where infinity or NaN stands among their values. A weight of zero,
-  // as every key has that a query does not see, adds nothing, where a product would add NaN.
-  NEARFAR_NO_INLINE void add_weighed_values(Index vector, const KeyTile<T>& keys, Range range) {
+  // The same for one vector where infinity or NaN stands among the values. A weight of zero, as every key has that a
+  // query does not see, adds nothing, where a product would add NaN.
+  NEARFAR_NO_INLINE void add_weighed_values(const Panel& softmax, Index vector, const KeyTile<T>& keys, Range range,
+                                            const Packet<T>& factor) {
     for (Index c = 0; c < value_dim_; ++c) {
-      T* const at = sums_ + c * width + vector * lanes<T>;
-      Packet<T> sum = ploadu<Packet<T>>(at);
+      Packet<T> sum = pset1<Packet<T>>(T(0));
       for (Index j = range.first; j < range.end; ++j) {
         const Packet<T> weight = ploadu<Packet<T>>(scores_ + j * width + vector * lanes<T>);
         const Packet<T> none = pcmp_eq(weight, pset1<Packet<T>>(T(0)));
         sum = pselect(none, sum, Packet<T>(pmadd(weight, pset1<Packet<T>>(keys.value(j).data[c]), sum)));
       }
-      pstoreu(at, sum);
+      T* const o = softmax.value + c * width + vector * lanes<T>;
+      pstoreu(o, pmadd(ploadu<Packet<T>>(o), factor, sum));
     }
   }
 
