@@ -31,9 +31,6 @@ class GradientTile {
   static constexpr Index width = panel_vectors * lanes<T>;
   static constexpr Index capacity = 240 / width * width;
 
-  /// One of so many inner steps of its products fetches: the fewer rows a register tile has, the shorter they are.
-  static constexpr Index pace = 128 / group_rows;
-
   /// How many queries, from number `first` on, it takes where those of a `block` see alike.
   static Index fitting(Index first, Index block) { return Panels<T>::fitting(capacity / width, first, block); }
 
@@ -181,7 +178,7 @@ class GradientTile {
         keys.key(range.first), range.count(), query_lanes_ + p * width * dim_ + vector * lanes<T>, width, dim_,
         [&](Index j, int) { return pset1<Packet<T>>(keys.bias(range.first + j)); },
         [&](Index j, int v, const Packet<T>& product) { pstoreu(scores + j * width + v * lanes<T>, product); },
-        Pace{lookahead_, pace});
+        Pace{lookahead_, fetch_pace});
   }
 
   // Turns the scores of a vector into weights. Not where the scores are finished: exp2's constants would take the
@@ -214,7 +211,7 @@ class GradientTile {
           const Packet<T> grad = psub(grad_weight, ploadu<Packet<T>>(delta + v * lanes<T>));
           pstoreu(grad_score_ + place, pmul(ploadu<Packet<T>>(weight_ + place), grad));
         },
-        Pace{lookahead_, pace});
+        Pace{lookahead_, fetch_pace});
   }
 
   template <int Vectors>
@@ -224,7 +221,7 @@ class GradientTile {
         keys.key_transposed(range.first), keys.key_stride(), grad_score_ + range.first * width + vector * lanes<T>,
         width, range.count(), [&](Index c, int v) { return ploadu<Packet<T>>(grad_query + c * width + v * lanes<T>); },
         [&](Index c, int v, const Packet<T>& sum) { pstoreu(grad_query + c * width + v * lanes<T>, sum); },
-        Pace{lookahead_, pace});
+        Pace{lookahead_, fetch_pace});
   }
 
   // Adds factor * row, or writes it.
@@ -247,7 +244,7 @@ class GradientTile {
             return add ? ploadu<Packet<T>>(sums + j * stride + column + v * lanes<T>) : pset1<Packet<T>>(T(0));
           },
           [&](Index j, int v, const Packet<T>& sum) { pstoreu(sums + j * stride + column + v * lanes<T>, sum); },
-          Pace{rows_ahead_, pace});
+          Pace{rows_ahead_, fetch_pace});
     });
   }
 

@@ -30,6 +30,9 @@ inline constexpr int tile_rows = (vector_registers >= 32 ? (Vectors < 3 ? 16 : 2
 inline constexpr int panel_vectors = 3;
 inline constexpr int group_rows = tile_rows<panel_vectors>;
 
+/// One of so many inner steps of its products fetches: the fewer rows a register tile has, the shorter they are.
+inline constexpr Index fetch_pace = 96 / group_rows;
+
 /// Calls visit(std::integral_constant<int, count>, first) for consecutive groups of `count` rows that cover `rows`:
 /// full register tiles, but for a last one in whose place fours leave fewer rows over; fours; and what is left one by
 /// one.

@@ -196,7 +196,7 @@ class QueryTile {
             largest[v] = pmax(largest[v], product);
             pstoreu(scores + j * width + v * lanes<T>, product);
           },
-          Pace{lookahead_, 24});
+          Pace{lookahead_, fetch_pace});
       if (max == nullptr) continue;
       NEARFAR_UNROLL for (int v = 0; v < Vectors; ++v) max[vector + v] = pmax(max[vector + v], largest[v]);
     }
@@ -223,7 +223,7 @@ class QueryTile {
           T* const o = softmax.value + at(c, v);
           pstoreu(o, pmadd(ploadu<Packet<T>>(o), factor[vector + v], product));
         },
-        Pace{lookahead_, 24});
+        Pace{lookahead_, fetch_pace});
   }
 
   // The same for one vector where infinity or NaN stands among the values. A weight of zero, as every key has that a
