@@ -118,7 +118,7 @@ class FewQueries {
     }
   }
 
-  // `ahead` is how far behind lies what will be read soon.
+  // What stands `ahead` numbers further on will be read soon.
   NEARFAR_INLINE static T dot(const T* query, const Scalar* key, Index dim, Index ahead) {
     T sum = 0;
     Index c = 0;
