@@ -122,8 +122,6 @@ class PrefixBackward {
         room_(scratch.take<T>(stretch_.count * call.width())),
         grad_values_(whole_rows(grad.inputs.value)),
         grad_keys_(whole_rows(grad.inputs.key)),
-        grad_queries_(grad.inputs.query.middle_rows(stretch_.first, stretch_.count)),
-        queries_past_(rows_past_caches(grad.inputs.query, shape_.dim)),
         mean_(call, grad.saved, s, visible_, fetch_own(), scratch),
         grad_rows_(scratch.take<T>(visible_.count * call.width()), visible_.count, call.width(), call.width()),
         grad_scores_(scratch.take<T>(prefix_stretch * shape_.padded())) {
@@ -131,7 +129,7 @@ class PrefixBackward {
     list_rows_of_queries();
     Lookahead ahead;
     grad_keys_.announce(ahead);
-    if (!queries_past_) ahead.add(grad_queries_);
+    if (!queries_past_caches()) ahead.add(grad_queries());
     ahead.add(call.inputs.query.middle_rows(next.first, next.count));
     ahead.add(call.inputs.key.middle_rows(next.first, next.count));
     fetch_ = Spread(ahead, 2 * (of_keys_.fetches(shape_) + of_queries_.fetches(shape_) +
@@ -162,17 +160,19 @@ class PrefixBackward {
     const Tokens<const T> query = call_.inputs.query.middle_rows(stretch_.first, stretch_.count);
     const Tokens<const T> start =
         call_.add_query ? grad_.out.middle_rows(stretch_.first, stretch_.count) : Tokens<const T>{};
-    for_each_run(
-        0, stretch_.count, [&](Index i) { return visible_.at[i]; },
-        [&](Index i, Index count) {
-          scores_backward(visible_.seen[i] - 1, call_.w_q, query.middle_rows(i, count), grad_weights,
-                          start.middle_rows(i, count), grad_queries_.middle_rows(i, count), {queries_past_});
-        },
-        [&](Index i) {
-          T* const row = grad_queries_.row(i);
-          call_.add_query ? std::copy_n(start.row(i), call_.width(), row) : std::fill_n(row, call_.width(), T(0));
-        });
-    if (queries_past_) order_stores();
+    const Tokens<T> to = grad_queries();
+    with_store(queries_past_caches(), [&](auto store) {
+      for_each_run(
+          0, stretch_.count, [&](Index i) { return visible_.at[i]; },
+          [&](Index i, Index count) {
+            scores_backward(visible_.seen[i] - 1, call_.w_q, query.middle_rows(i, count), grad_weights,
+                            start.middle_rows(i, count), to.middle_rows(i, count), store);
+          },
+          [&](Index i) {
+            T* const row = to.row(i);
+            call_.add_query ? std::copy_n(start.row(i), call_.width(), row) : std::fill_n(row, call_.width(), T(0));
+          });
+    });
   }
 
  private:
@@ -180,6 +180,10 @@ class PrefixBackward {
   WholeRows<T> whole_rows(const Tokens<T>& gradient) const {
     return {gradient, stretch_.first, stretch_.count, shape_.dim, room_};
   }
+
+  /// Its gradients of queries, which are written whole rows at a time as they come.
+  Tokens<T> grad_queries() const { return grad_.inputs.query.middle_rows(stretch_.first, stretch_.count); }
+  bool queries_past_caches() const { return rows_past_caches(grad_.inputs.query, shape_.dim); }
 
   /// What the stretch's means, which come first, do not read themselves, fetched meanwhile.
   Spread fetch_own() const {
@@ -251,8 +255,6 @@ class PrefixBackward {
   T* room_;
   WholeRows<T> grad_values_;
   WholeRows<T> grad_keys_;
-  Tokens<T> grad_queries_;
-  bool queries_past_;
   PrefixMeans<T> mean_;
   PrefixRows<T> of_keys_;
   PrefixRows<T> of_queries_;

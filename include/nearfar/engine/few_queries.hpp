@@ -102,8 +102,9 @@ class FewQueries {
         if (first + j < band.first(i) || first + j >= band.end(i)) continue;
         const T* const weight = weights + i * heads_.query * segment_keys + j;
         T* const triple = triples + i * heads_.query * triple_size();
-        for_each_head([&, width = heads_.value_width(), ahead = rows_ahead * inputs_.value.stride()](Index h, Index g) {
-          add(weight[h * segment_keys], value + g * width, triple + h * (width + 2), width, ahead);
+        for_each_head([&, width = heads_.value_width(), size = triple_size(),
+                       ahead = rows_ahead * inputs_.value.stride()](Index h, Index g) {
+          add(weight[h * segment_keys], value + g * width, triple + h * size, width, ahead);
         });
       }
     }

@@ -155,34 +155,34 @@ void pool_backward(const PoolingShape& shape, const T* weights, Tokens<const T> 
   const Scratch::Scope scope(scratch);
   const Index padded = shape.padded();
   T* const grad_scores = scratch.take<T>(backward_rows * padded);
-  const bool past = rows_past_caches(grad_x, shape.dim);
-  for (const Index end = first + count; first < end; first += backward_rows) {
-    const Index rows = std::min(backward_rows, end - first);
-    const Index next = first + rows < end ? first + rows : then;
-    const Index next_rows = std::min(backward_rows, x.rows() - next);
-    Lookahead ahead;
-    ahead.add(x.middle_rows(next, next_rows));
-    if (start.data() != nullptr) ahead.add(start.middle_rows(next, next_rows));
-    if (!past) ahead.add(grad_x.middle_rows(next, next_rows));
-    Spread fetch(ahead, rows + score_fetches<T>(shape, rows));
-    for (Index i = 0; i < rows; ++i) {
-      T* const grad_score = grad_scores + i * padded;
-      fetch();
-      dot_heads(shape, x.row(first + i), grad_mean, grad_score);
-      const T* const weight = weights_of_rows.row(first + i).data();
-      for (Index h = 0; h < shape.heads; ++h) grad_score[h] = ln_2<T> * weight[h] * (grad_score[h] - center[h]);
+  with_store(rows_past_caches(grad_x, shape.dim), [&](auto store) {
+    for (const Index end = first + count; first < end; first += backward_rows) {
+      const Index rows = std::min(backward_rows, end - first);
+      const Index next = first + rows < end ? first + rows : then;
+      const Index next_rows = std::min(backward_rows, x.rows() - next);
+      Lookahead ahead;
+      ahead.add(x.middle_rows(next, next_rows));
+      if (start.data() != nullptr) ahead.add(start.middle_rows(next, next_rows));
+      if (!store.past) ahead.add(grad_x.middle_rows(next, next_rows));
+      Spread fetch(ahead, rows + score_fetches<T>(shape, rows));
+      for (Index i = 0; i < rows; ++i) {
+        T* const grad_score = grad_scores + i * padded;
+        fetch();
+        dot_heads(shape, x.row(first + i), grad_mean, grad_score);
+        const T* const weight = weights_of_rows.row(first + i).data();
+        for (Index h = 0; h < shape.heads; ++h) grad_score[h] = ln_2<T> * weight[h] * (grad_score[h] - center[h]);
+      }
+      score_rows_backward(
+          shape, weights, grad_scores, x.middle_rows(first, rows), grad_weights,
+          MeanShares<T>{weights_of_rows.row(first).data(), weights_of_rows.cols(), grad_mean},
+          [from = start.data() == nullptr ? nullptr : start.row(first), stride = start.stride()](auto by, Index i,
+                                                                                                 Index c) {
+            using P = typename decltype(by)::template Of<T>;
+            return from == nullptr ? pset1<P>(T(0)) : ploadu<P>(from + i * stride + c);
+          },
+          grad_x.middle_rows(first, rows), store, fetch);
     }
-    score_rows_backward(
-        shape, weights, grad_scores, x.middle_rows(first, rows), grad_weights,
-        MeanShares<T>{weights_of_rows.row(first).data(), weights_of_rows.cols(), grad_mean},
-        [from = start.data() == nullptr ? nullptr : start.row(first), stride = start.stride()](auto by, Index i,
-                                                                                               Index c) {
-          using P = typename decltype(by)::template Of<T>;
-          return from == nullptr ? pset1<P>(T(0)) : ploadu<P>(from + i * stride + c);
-        },
-        grad_x.middle_rows(first, rows), KeepOrPastCaches{past}, fetch);
-  }
-  if (past) order_stores();
+  });
 }
 
 }  // namespace detail
