@@ -1,5 +1,6 @@
 #pragma once
 
+#include <nearfar/detail/simd.hpp>
 #include <nearfar/tokens.hpp>
 
 #include <algorithm>
@@ -78,7 +79,7 @@ class Scratch {
     std::size_t size;
   };
 
-  std::byte* take_bytes(const std::size_t bytes) {
+  NEARFAR_NO_INLINE std::byte* take_bytes(const std::size_t bytes) {
     while (block_ < blocks_.size() && used_ + bytes > blocks_[block_].size) {
       ++block_;
       used_ = 0;
@@ -94,7 +95,7 @@ class Scratch {
   // One line of padding between neighbours, so that arrays of a power of two do not share their cache sets.
   static std::size_t round_up(std::size_t bytes) { return (bytes + alignment - 1) / alignment * alignment + alignment; }
 
-  void rewind(std::size_t block, std::size_t used) {
+  NEARFAR_NO_INLINE void rewind(std::size_t block, std::size_t used) {
     block_ = block;
     used_ = used;
     if (block == 0 && used == 0 && blocks_.size() > 1) {

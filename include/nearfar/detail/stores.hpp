@@ -3,7 +3,7 @@
 #include <nearfar/detail/lookahead.hpp>
 #include <nearfar/detail/simd.hpp>
 
-#include <cstddef>
+#include <bit>
 #include <cstdint>
 
 namespace nearfar {
@@ -18,10 +18,16 @@ NEARFAR_INLINE void store_past_caches(T* to, const P& vector) {
 #if defined(__clang__)
   __builtin_nontemporal_store(vector, reinterpret_cast<P*>(to));
 #elif defined(__GNUC__) && defined(EIGEN_VECTORIZE_SSE2)
-  // g++ has a builtin for each instruction set, and none for all: every one of x86 has the store of 16 bytes.
-  __m128i parts[sizeof(P) / 16];
-  pstoreu(reinterpret_cast<T*>(parts), vector);
-  for (std::size_t i = 0; i < sizeof(P) / 16; ++i) _mm_stream_si128(reinterpret_cast<__m128i*>(to) + i, parts[i]);
+  // g++ has a builtin for each width and none for all. A line that comes in parts may leave the buffer that joins them
+  // before it is whole, so a vector is stored at once.
+#if defined(EIGEN_VECTORIZE_AVX512)
+  if constexpr (sizeof(P) == 64) _mm512_stream_si512(reinterpret_cast<__m512i*>(to), std::bit_cast<__m512i>(vector));
+#endif
+#if defined(EIGEN_VECTORIZE_AVX)
+  if constexpr (sizeof(P) == 32) _mm256_stream_si256(reinterpret_cast<__m256i*>(to), std::bit_cast<__m256i>(vector));
+#endif
+  if constexpr (sizeof(P) == 16) _mm_stream_si128(reinterpret_cast<__m128i*>(to), std::bit_cast<__m128i>(vector));
+  static_assert(sizeof(P) == 16 || sizeof(P) == 32 || sizeof(P) == 64);
 #else
   pstoreu(to, vector);
 #endif
