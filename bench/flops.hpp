@@ -1,5 +1,6 @@
 #pragma once
 
+#include <nearfar/additive.hpp>
 #include <nearfar/mask.hpp>
 
 #include <algorithm>
@@ -13,8 +14,8 @@
 //   linear            4 d d a head, token and feature map, when causal also 4 d a pair inside a chunk of 64
 //   nystrom           8 r d a head and token: three products with r landmarks, and the weighted sums of two of them
 //   fmm               the sum of its parts
-//   additive          2 a feature and head for each of two scores, 2 for each mean and for out, 2 D for the transform;
-//                     but its bytes matter: query twice (causal: once), key, value and out once
+//   additive          2 a feature and head that it scores for each of two scores, 2 for each mean and for out, 2 D for
+//                     the transform; but its bytes matter: query twice (causal: once), key, value and out once
 //   backward          2.5 times forward
 //
 // Exponentials, normalisations, pooling and anything of size r^3 are not counted.
@@ -63,9 +64,10 @@ inline double flops_of_nystrom(const nearfar::Heads& heads, Index n, Index landm
   return 8.0 * real(heads.query * heads.dim * landmarks) * real(n);
 }
 
-inline double flops_of_additive(const nearfar::Heads& heads, Index n, bool transform) {
+inline double flops_of_additive(const nearfar::Heads& heads, Index n, const nearfar::AdditiveOptions& options) {
   const double width = real(heads.query_cols());
-  return real(n) * width * (4 * real(heads.query) + 6 + (transform ? 2 * width : 0));
+  const double scoring_heads = options.per_head_weights ? 1 : real(heads.query);
+  return real(n) * width * (4 * scoring_heads + 6 + (options.transform ? 2 * width : 0));
 }
 
 /// The pairs of query and column of multipole attention: near tokens, and the pooled vectors of the groups at each

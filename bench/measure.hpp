@@ -43,11 +43,15 @@ void fill(nearfar::Matrix<T>& matrix, Index rows, Index cols, std::uint64_t seed
   }
 }
 
-/// The same tensors for all rows, made anew when a row needs more tokens than those before it.
+/// The same tensors for all rows, made anew when a row needs more tokens than those before it. Each is a page longer
+/// than asked for: one after another and of a power of two, their rows would meet in the same memory channels, which
+/// what malloc takes from the system piece by piece does not.
 template <class T>
 Tensors<T>& tensors(Index rows, Index cols, bool gradients = false) {
   static Tensors<T> shared;
   if (shared.query.rows() < rows || shared.query.cols() != cols) {
+    constexpr Index page = 4096 / Index{sizeof(T)};
+    rows += (page + cols - 1) / cols;
     shared = {};
     fill(shared.query, rows, cols, 1);
     shared.key = shared.query;  // so that like tokens attend to each other

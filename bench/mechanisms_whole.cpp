@@ -3,20 +3,25 @@
 namespace bench {
 
 void add_additive(Suite& suite, bool causal) {
-  // The core takes query, key and value as they come; with the transform it is the published layer.
-  for (const bool transform : {false, true}) {
-    nearfar::Additive<float> attention(standard_heads, {.causal = causal, .transform = transform});
-    fill(attention.parameters().w_q, standard_heads.query, standard_heads.query_cols(), 4);
-    fill(attention.parameters().w_k, standard_heads.query, standard_heads.query_cols(), 5);
-    add_attention(
-        suite, std::move(attention),
-        {.mechanism = transform ? "additive_transform" : "additive",
-         .causal = causal,
-         .reach = long_reach,
-         .flops = [=](Index n) { return flops_of_additive(standard_heads, n, transform); },
-         .tensors_moved = causal ? 4.0 : 5.0,  // bidirectional, the query is read again once the means are known
-         .approximates_softmax = false});
-  }
+  // The core takes query, key and value as they come, scored by weights over all heads as the authors' code has it or a
+  // head by its own as the paper has it; with the transform it is the published layer.
+  const auto add_rows = [&](const char* name, const nearfar::AdditiveOptions& options) {
+    nearfar::Additive<float> attention(standard_heads, options);
+    auto& parameters = attention.parameters();
+    fill(parameters.w_q, parameters.w_q.rows(), parameters.w_q.cols(), 4);
+    fill(parameters.w_k, parameters.w_k.rows(), parameters.w_k.cols(), 5);
+    add_attention(suite, std::move(attention),
+                  {.mechanism = name,
+                   .causal = causal,
+                   .reach = long_reach,
+                   .flops = [=](Index n) { return flops_of_additive(standard_heads, n, options); },
+                   // bidirectional, the query is read again once the means are known
+                   .tensors_moved = causal ? 4.0 : 5.0,
+                   .approximates_softmax = false});
+  };
+  add_rows("additive", {.causal = causal, .transform = false});
+  add_rows("additive_per_head", {.causal = causal, .per_head_weights = true, .transform = false});
+  add_rows("additive_transform", {.causal = causal});
 }
 
 void add_multipole(Suite& suite, bool causal) {

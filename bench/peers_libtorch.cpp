@@ -124,7 +124,7 @@ void add_libtorch(Suite& suite) {
       [](Index) -> Attend { return linear_attention; });
   add_peer(
       suite, "additive", false, {.quick = 4096, .full = 65536},
-      [](Index n) { return flops_of_additive(standard_heads, n, false); },
+      [](Index n) { return flops_of_additive(standard_heads, n, {.transform = false}); },
       [](Index) -> Attend {
         const Tensor query_weights = torch::randn({heads * dim, heads});
         const Tensor key_weights = torch::randn({heads * dim, heads});

@@ -136,7 +136,8 @@ void print_percentages(const View& view) {
               view.mechanisms(), view.lengths(), [&](const std::string& mechanism, Index n) -> std::string {
                 const Result* result = view.find(mechanism, n);
                 if (result == nullptr) return "";
-                const bool moves = mechanism == "additive" || mechanism == "softmax_decode";
+                const bool moves =
+                    mechanism == "additive" || mechanism == "additive_per_head" || mechanism == "softmax_decode";
                 return text("%.1f %3.0f%%", result->counter(moves ? "gbytes_per_second" : "gflops"),
                             result->counter(moves ? "percent_of_bandwidth" : "percent_of_peak"));
               });
