@@ -57,7 +57,7 @@ TEST(Lookahead, CountsItsSteps) {
   EXPECT_EQ(ahead.steps(), 10 + 2 * 5);
   for (Index step = 1; step <= 20; ++step) {
     EXPECT_FALSE(ahead.done()) << "before step " << step;
-    ahead.step();
+    ahead();
   }
   EXPECT_TRUE(ahead.done());
 }
@@ -72,10 +72,10 @@ TEST(Lookahead, GoesOnWithWhatIsLaterAndStillLater) {
     EXPECT_EQ(first.done(), step >= 10) << "after step " << step;
     EXPECT_EQ(later.done(), step >= 20) << "after step " << step;
     EXPECT_FALSE(last.done()) << "after step " << step;
-    first.step();
+    first();
   }
   EXPECT_TRUE(last.done());
-  first.step();
+  first();
 }
 
 }  // namespace

@@ -51,7 +51,8 @@ class Lookahead {
   /// One of how many inner steps of products should fetch, so that all of them together fetch everything evenly.
   Index pace(Index inner_steps) const { return std::clamp<Index>(inner_steps / std::max<Index>(steps(), 1), 4, 64); }
 
-  NEARFAR_INLINE void step() {
+  /// Takes a step.
+  NEARFAR_INLINE void operator()() {
     Lookahead* due = this;
     while (due != nullptr && due->rows_ == 0) due = due->later_;
     if (due != nullptr) due->fetch();
@@ -105,7 +106,7 @@ class Spread {
       : ahead_(ahead), steps_(ahead.steps()), calls_(std::max<Index>(calls, 1)) {}
 
   NEARFAR_INLINE void operator()() {
-    for (due_ += steps_; due_ >= calls_; due_ -= calls_) ahead_.step();
+    for (due_ += steps_; due_ >= calls_; due_ -= calls_) ahead_();
   }
 
  private:
@@ -115,12 +116,13 @@ class Spread {
   Index due_ = 0;
 };
 
-/// Takes a step of a lookahead every so many inner steps of a product.
+/// Calls a lookahead, as it stands or spread, every so many inner steps of a product.
+template <class Ahead>
 struct Pace {
-  Lookahead& ahead;
+  Ahead& ahead;
   Index every;
 
-  NEARFAR_INLINE void operator()() const { ahead.step(); }
+  NEARFAR_INLINE void operator()() const { ahead(); }
 };
 
 }  // namespace detail

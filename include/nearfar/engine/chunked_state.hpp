@@ -73,7 +73,7 @@ struct RunningSums {
   }
 
   /// Adds sum_j key_j^T value_j (key.dim, in whole groups, x value.stride) over `count` tokens.
-  void add_products(const PaddedRows<T>& key, const PaddedRows<T>& value, Index count, Pace fetch) const {
+  void add_products(const PaddedRows<T>& key, const PaddedRows<T>& value, Index count, Pace<Lookahead> fetch) const {
     // Bidirectional sums are complete before the chunks of the queries, which add nothing.
     if (count == 0) return;
     for_each_panel<T>(value.stride, [&](auto vectors, Index c) {
@@ -126,7 +126,8 @@ void dot_rows(const PaddedRows<T>& a, const PaddedRows<T>& b, Index count, T* pr
 /// scores[j][i] = query_i . key_j where j <= i, else 0, for the first `keys` keys. What stands in later keys reaches no
 /// earlier query, not even NaN. Adds each query's scores up to row_sum[i] unless that is null.
 template <class T>
-void chunk_scores(const LaneRows<T>& query, const PaddedRows<T>& key, Index keys, T* scores, T* row_sum, Pace fetch) {
+void chunk_scores(const LaneRows<T>& query, const PaddedRows<T>& key, Index keys, T* scores, T* row_sum,
+                  Pace<Lookahead> fetch) {
   for_each_panel<T>(round_up(query.count, lanes<T>), [&](auto vectors, Index panel) {
     constexpr int width = decltype(vectors)::value;
     Packet<T> sum[width];
@@ -167,7 +168,7 @@ void chunk_scores(const LaneRows<T>& query, const PaddedRows<T>& key, Index keys
 /// `add` that to out_i. The first `keys` queries have a key and value beside them in the chunk.
 template <class T>
 void chunk_attend(Broadcast<T> query, Index dim, Index count, const T* state, const T* scores,
-                  const PaddedRows<T>& value, Index keys, const PaddedRows<T>& out, bool add, Pace fetch) {
+                  const PaddedRows<T>& value, Index keys, const PaddedRows<T>& out, bool add, Pace<Lookahead> fetch) {
   for_each_panel<T>(out.stride, [&](auto vectors, Index column) {
     constexpr int rows = state_rows, width = decltype(vectors)::value;
     const Index stride = out.stride;

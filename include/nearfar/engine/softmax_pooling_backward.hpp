@@ -13,6 +13,9 @@ namespace detail {
 /// Rows that the backward pass takes at a time: they stay in a cache until all their columns are done.
 inline constexpr Index backward_rows = 32;
 
+/// And its products fetch once in so many inner steps.
+inline constexpr Index backward_pace = 2;
+
 /// What reaches rows through the means of their own columns: sum_h weight_ih grad_mean_h. Null weights: nothing does.
 template <class T>
 struct MeanShares {
@@ -25,14 +28,6 @@ struct MeanShares {
   }
 };
 
-/// Fetches during a product, every other inner step.
-struct SpreadPace {
-  Spread& fetch;
-  static constexpr Index every = 2;
-
-  NEARFAR_INLINE void operator()() const { fetch(); }
-};
-
 /// How often score_rows_backward fetches for `rows` rows.
 template <class T>
 Index score_fetches(const PoolingShape& shape, Index rows) {
@@ -40,7 +35,7 @@ Index score_fetches(const PoolingShape& shape, Index rows) {
   const Index heads = shape.own_columns ? shape.group : shape.heads;
   const Index panels = shape.heads / shape.group * times(shape.dim / lanes<T>, 2);
   const auto products = [&](Index count, Index depth) {
-    return times(count, tile_rows<2>) * times(depth, SpreadPace::every);
+    return times(count, tile_rows<2>) * times(depth, backward_pace);
   };
   return panels * (products(heads, rows) + products(rows, heads));
 }
@@ -73,7 +68,7 @@ void score_rows_backward(const PoolingShape& shape, const T* weights, const T* g
           Broadcast<T>{grad_scores + first_head(g), 1, padded}, heads, x.data() + at, x.stride(), count,
           [&](Index h, int v) { return ploadu<Packet<T>>(grad_w + h * cols + v * lanes<T>); },
           [&](Index h, int v, const Packet<T>& sum) { pstoreu(grad_w + h * cols + v * lanes<T>, sum); },
-          SpreadPace{fetch});
+          Pace{fetch, backward_pace});
     });
   }
   for_each_tile<2>(count, [&](auto tile, Index i) {
@@ -92,7 +87,7 @@ void score_rows_backward(const PoolingShape& shape, const T* weights, const T* g
                        shape.dim, shape.group);
         }
         multiply_add(sum, Broadcast<T>{grad_scores + first_head(g), padded, 1}.rows_from(i),
-                     weights + first_head(g) * cols + at, cols, heads, SpreadPace{fetch});
+                     weights + first_head(g) * cols + at, cols, heads, Pace{fetch, backward_pace});
         NEARFAR_UNROLL for (int r = 0; r < rows; ++r) {
           T* const to = grad_x.row(i + r) + at;
           NEARFAR_UNROLL for (int v = 0; v < vectors; ++v) store(to + v * lanes<T>, sum[r][v]);

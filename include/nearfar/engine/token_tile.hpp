@@ -162,7 +162,7 @@ class TokenTile : public PaddedRows<T> {
 template <class T>
 void attend_chunk(TokenTile<T>& query, Index count, const T* state, const PaddedRows<T>& key,
                   const PaddedRows<T>& value, Index keys, T* scores, T* row_sum, const PaddedRows<T>& out, bool add,
-                  Pace fetch) {
+                  Pace<Lookahead> fetch) {
   Broadcast<T> rows = query.rows();
   if (keys > 0) {
     const LaneRows<T>& on_lanes = query.on_lanes(count);
