@@ -125,6 +125,9 @@ struct Pace {
   NEARFAR_INLINE void operator()() const { ahead(); }
 };
 
+template <class Ahead>
+Pace(Ahead&, Index) -> Pace<Ahead>;
+
 }  // namespace detail
 }  // namespace NEARFAR_VERSION_NAMESPACE
 }  // namespace nearfar
