@@ -1,6 +1,8 @@
 #pragma once
 
 #include <benchmark/benchmark.h>
+#include <nearfar/detail/simd.hpp>
+#include <nearfar/detail/stores.hpp>
 
 #include <algorithm>
 #include <barrier>
@@ -8,15 +10,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
-#include <nearfar/detail/simd.hpp>
 #include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
-
-#if defined(__SSE__)
-#include <xmmintrin.h>
-#endif
 
 // What the machine can do at this moment, measured in the same process as the kernels, just before and after each.
 namespace bench {
@@ -136,14 +133,6 @@ std::vector<double> peak_gflops(int threads, int samples) {
 
 enum class Stores { ordinary, non_temporal };
 
-inline void store_past_caches(float* to, const float* from4) {
-#if defined(__SSE__)
-  _mm_stream_ps(to, _mm_loadu_ps(from4));
-#else
-  std::copy_n(from4, 4, to);
-#endif
-}
-
 /// The STREAM triad a = b + s c over arrays that no cache holds, in GB/s by the bytes that the program names (3 a
 /// number; the line that an ordinary store first fetches is not counted).
 class Triad {
@@ -167,18 +156,13 @@ class Triad {
     const float* b = b_.data() + first;
     const float* c = c_.data() + first;
     const Packet factor = nearfar::detail::pset1<Packet>(3.0f);
-    alignas(64) float line[16];
-    for (Index i = 0; i < count; i += 16) {
-      float* to = stores == Stores::ordinary ? a + i : line;
-      for (int j = 0; j < 16; j += lanes<float>) {
-        const Packet sum = nearfar::detail::pmadd(factor, nearfar::detail::ploadu<Packet>(c + i + j),
-                                                  nearfar::detail::ploadu<Packet>(b + i + j));
-        nearfar::detail::pstoreu(to + j, sum);
-      }
-      if (stores == Stores::non_temporal) {
-        for (int j = 0; j < 16; j += 4) store_past_caches(a + i + j, line + j);
-      }
+    for (Index i = 0; i < count; i += lanes<float>) {
+      const Packet sum = nearfar::detail::pmadd(factor, nearfar::detail::ploadu<Packet>(c + i),
+                                                nearfar::detail::ploadu<Packet>(b + i));
+      stores == Stores::ordinary ? nearfar::detail::pstoreu(a + i, sum)
+                                 : nearfar::detail::store_past_caches(a + i, sum);
     }
+    nearfar::detail::order_stores();
     benchmark::ClobberMemory();
   }
 
