@@ -94,6 +94,11 @@ bool comparable(const std::string& mechanism) {
   return mechanism != "softmax_d128" && mechanism != "softmax_decode" && !mechanism.ends_with("_double");
 }
 
+/// Rows that move so much for what they compute that memory is their limit.
+bool moves_memory(const std::string& mechanism) {
+  return mechanism == "additive" || mechanism == "additive_per_head" || mechanism == "softmax_decode";
+}
+
 /// Softmax's time at n; beyond its last length that time grown by n^2, which sets `extrapolated`.
 double softmax_seconds(const View& view, Index n, bool& extrapolated) {
   extrapolated = false;
@@ -136,8 +141,7 @@ void print_percentages(const View& view) {
               view.mechanisms(), view.lengths(), [&](const std::string& mechanism, Index n) -> std::string {
                 const Result* result = view.find(mechanism, n);
                 if (result == nullptr) return "";
-                const bool moves =
-                    mechanism == "additive" || mechanism == "additive_per_head" || mechanism == "softmax_decode";
+                const bool moves = moves_memory(mechanism);
                 return text("%.1f %3.0f%%", result->counter(moves ? "gbytes_per_second" : "gflops"),
                             result->counter(moves ? "percent_of_bandwidth" : "percent_of_peak"));
               });
