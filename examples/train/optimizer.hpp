@@ -33,7 +33,8 @@ std::vector<Variable<typename Layer::T>> variables_of(Layer& layer) {
 
 struct AdamOptions {
   double rate = 1e-3;
-  /// The rate grows from 0 within these steps and falls to 0 at `steps`, both linearly.
+  /// The rate grows from 0 within these steps and falls to 0 after the last of `steps`, both linearly. Where `steps` is
+  /// 0, it stays.
   Index warm_up = 0;
   Index steps = 0;
   double beta_1 = 0.9;
@@ -56,10 +57,11 @@ class Adam {
 
   /// The rate of step `step`, of which the first is 0.
   double rate(Index step) const {
-    const auto now = static_cast<double>(step + 1), top = static_cast<double>(options_.warm_up);
-    if (now <= top) return options_.rate * now / top;
-    return options_.rate * std::max(0.0, (static_cast<double>(options_.steps) - now) /
-                                             std::max(1.0, static_cast<double>(options_.steps) - top));
+    const auto now = static_cast<double>(step), top = static_cast<double>(options_.warm_up);
+    if (now < top) return options_.rate * (now + 1) / top;
+    if (options_.steps == 0) return options_.rate;
+    const auto end = static_cast<double>(options_.steps);
+    return options_.rate * std::max(0.0, end - now) / std::max(1.0, end - top);
   }
 
   /// Changes the parameters by their gradients and sets those to zero. Returns the norm that the gradients had.
