@@ -66,8 +66,8 @@ class TrainingCheckpoint : public testing::Test {
     return "";
   }
 
-  std::string saved() const {
-    const auto trainer = make();
+  std::string saved(const std::string& run = "copy") const {
+    const auto trainer = make(run);
     for (int i = 0; i < 3; ++i) trainer->train_step();
     trainer->save(file);
     return read_file(file);
@@ -140,10 +140,23 @@ TEST_F(TrainingCheckpoint, ThatIsTruncatedIsRefused) {
 
 TEST_F(TrainingCheckpoint, ThatIsAnotherFileOrOfAnotherRunIsRefused) {
   EXPECT_NE(refusal("step,part,loss\n1,training,2\n").find("is not a file of this kind"), std::string::npos);
-  EXPECT_NE(refusal(saved(), "copy --seed 2").find("is a checkpoint of another run"), std::string::npos);
+  EXPECT_NE(refusal(saved(), "copy --seed 2").find("another run: it has no more, but this one has --seed 2."),
+            std::string::npos);
   fs::remove(file);
   EXPECT_THROW(make()->load(file), std::runtime_error);
   EXPECT_THROW(make()->load(folder), std::runtime_error);
+}
+
+TEST_F(TrainingCheckpoint, OfAnotherRunIsRefusedWithTheOptionsThatDiffer) {
+  const std::string bytes = saved("bytes a b --attention softmax:causal --steps 12 --seed 1 --rate 1e-04");
+  EXPECT_EQ(refusal(bytes, "bytes a --attention softmax:causal --start w=1 --steps 12 --seed 2 --rate 1e-04"),
+            file.string() +
+                " is a checkpoint of another run: it has bytes a b --seed 1, but this one has bytes a --start w=1 "
+                "--seed 2.");
+}
+
+TEST_F(TrainingCheckpoint, OfTheSameRunThatEvaluatedMoreOftenIsItsOwn) {
+  EXPECT_EQ(refusal(saved("copy --evaluate-every 4 --seed 1"), "copy --evaluate-every 400 --seed 1"), "");
 }
 
 TEST_F(TrainingCheckpoint, OfAModelOfAnotherSizeIsRefused) {

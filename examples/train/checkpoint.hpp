@@ -2,21 +2,46 @@
 
 #include "files.hpp"
 
+#include <algorithm>
 #include <filesystem>
 #include <map>
 #include <span>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <type_traits>
+#include <vector>
 
 namespace train {
+
+/// The command line of a run in parts: its task, and each option with its value.
+inline std::vector<std::string> parts_of(const std::string& run) {
+  std::vector<std::string> parts;
+  for (std::size_t begin = 0, end; begin < run.size(); begin = end + 1) {
+    end = std::min(run.find(" --", begin), run.size());
+    parts.push_back(run.substr(begin, end - begin));
+  }
+  return parts;
+}
+
+/// The parts of a run that the other one does not have, but for how often it evaluates, which changes nothing in it.
+inline std::string what_differs(const std::string& run, const std::string& other) {
+  const std::vector<std::string> others = parts_of(other);
+  std::string text;
+  for (const std::string& part : parts_of(run)) {
+    if (part.starts_with("--evaluate-every ") || std::find(others.begin(), others.end(), part) != others.end())
+      continue;
+    text += (text.empty() ? "" : " ") + part;
+  }
+  return text;
+}
 
 /// All that a run needs to go on as if it had never stopped: named arrays of numbers, and what run they are of.
 ///
 /// The file is sealed with a checksum. It holds numbers in the order of bytes of the machine that wrote it.
 class Checkpoint {
  public:
-  /// `run` says in words which run this is: task, model, settings, seed.
+  /// `run` says in words which run this is, as its command line does: task, model, settings, seed.
   explicit Checkpoint(std::string run) : run_(std::move(run)) {}
 
   template <class T>
@@ -53,9 +78,11 @@ class Checkpoint {
     const std::string bytes = read_sealed(path, first_line);
     ByteReader content(bytes);
     Checkpoint checkpoint{std::string(content.text())};
-    if (checkpoint.run_ != run) {
-      throw std::runtime_error(path.string() + " is a checkpoint of another run:\n  " + checkpoint.run_ +
-                               "\nbut this one is\n  " + run);
+    const std::string there = what_differs(checkpoint.run_, run), here = what_differs(run, checkpoint.run_);
+    if (!there.empty() || !here.empty()) {
+      throw std::runtime_error(path.string() + " is a checkpoint of another run: it has " +
+                               (there.empty() ? "no more" : there) + ", but this one has " +
+                               (here.empty() ? "no more" : here) + ".");
     }
     while (!content.at_end()) {
       const std::string name(content.text());
