@@ -198,4 +198,30 @@ TEST_F(TrainingCheckpoint, ABatchInPiecesTrainsAsTheWholeBatch) {
   }
 }
 
+class TrainingLog : public TrainingCheckpoint {
+ protected:
+  const fs::path log = folder / "log.csv";
+  const std::string head = "step,part,loss,score,seconds,cpu_seconds,tokens,peak_mib\n";
+  const std::string first = "50,training,2.5,10,1,1,1000,9.5\n", second = "100,training,2.25,11,2,2,2000,9.5\n";
+};
+
+TEST_F(TrainingLog, GoesOnBeforeTheFirstRowThatIsNone) {
+  for (const char* damage : {"\n", "100\n", "100,training,2.2\n", ",,,,,,,\n", "x,training,2,1,1,1,1,1\n",
+                             "60x,training,2,1,1,1,1,1\n", "99999999999999999999,training,2,1,1,1,1,1\n"}) {
+    write_file(log, head + first + damage + second);
+    const Log kept(log, 100, 200, task);
+    EXPECT_EQ(read_file(log), head + first) << damage;
+  }
+  write_file(log, head + first + second);
+  const Log kept(log, 100, 200, task);
+  EXPECT_EQ(read_file(log), head + first + second);
+}
+
+TEST_F(TrainingLog, LeavesTheOldOneWhereTheNewOneCannotBeWritten) {
+  write_file(log, head + first + second);
+  fs::create_directories(folder / "log.csv.unfinished");
+  EXPECT_THROW(Log(log, 50, 200, task), std::runtime_error);
+  EXPECT_EQ(read_file(log), head + first + second);
+}
+
 }  // namespace

@@ -2,22 +2,26 @@
 
 // What a run tells: its progress on the screen, and a CSV file.
 
+#include "files.hpp"
 #include "task.hpp"
 
 #include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <charconv>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <ctime>
 #include <filesystem>
 #include <fstream>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <system_error>
 
 namespace train {
 
@@ -72,18 +76,20 @@ class Stopwatch {
 /// Seconds, tokens and memory are totals of the training until then.
 class Log {
  public:
-  /// Goes on after the rows of the first `step` steps; drops what the run is about to write again.
+  /// Goes on after the rows of the first `step` steps; drops what the run is about to write again, and what follows on
+  /// damage.
   Log(const std::filesystem::path& path, Index step, Index steps, const Task& task)
       : path_(path), steps_(steps), task_(task) {
     std::ifstream old(path);
     std::string rows = head, row;
     std::getline(old, row);
-    while (std::getline(old, row) && std::stoll(row) <= step && row.find(",test,") == std::string::npos) {
+    while (std::getline(old, row) && step_of(row).value_or(step + 1) <= step &&
+           row.find(",test,") == std::string::npos) {
       rows += row + '\n';
     }
     old.close();
-    file_.open(path);
-    write(rows);
+    write_file(path, rows);
+    file_.open(path, std::ios::app);
   }
 
   void row(std::string_view part, const Progress& progress, const Loss& loss) {
@@ -105,6 +111,16 @@ class Log {
 
  private:
   static constexpr const char* head = "step,part,loss,score,seconds,cpu_seconds,tokens,peak_mib\n";
+
+  /// Nothing if the text is not a row.
+  static std::optional<Index> step_of(std::string_view row) {
+    const std::string_view number = row.substr(0, row.find(','));
+    Index step = 0;
+    const auto [end, error] = std::from_chars(number.data(), number.data() + number.size(), step);
+    const auto commas = [](std::string_view text) { return std::count(text.begin(), text.end(), ','); };
+    if (error != std::errc{} || end != number.data() + number.size() || commas(row) != commas(head)) return {};
+    return step;
+  }
 
   static double mean(const Loss& loss) { return loss.cross_entropy / static_cast<double>(loss.targets); }
 
