@@ -7,7 +7,9 @@
 
 #include <gtest/gtest.h>
 
+#include <csignal>
 #include <filesystem>
+#include <iostream>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -222,6 +224,18 @@ TEST_F(TrainingLog, LeavesTheOldOneWhereTheNewOneCannotBeWritten) {
   fs::create_directories(folder / "log.csv.unfinished");
   EXPECT_THROW(Log(log, 50, 200, task), std::runtime_error);
   EXPECT_EQ(read_file(log), head + first + second);
+}
+
+TEST(TrainingSignals, TheFirstAsksTheRunToStopAndTheSecondEndsTheProgram) {
+  for (const int number : {SIGINT, SIGTERM}) {
+    const auto raise_twice = [number] {
+      stop_at_signals();
+      std::raise(number);
+      std::cerr << "asked to stop: " << stop_requested;
+      std::raise(number);
+    };
+    EXPECT_EXIT(raise_twice(), testing::KilledBySignal(number), "asked to stop: 1");
+  }
 }
 
 }  // namespace

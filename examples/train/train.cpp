@@ -14,7 +14,6 @@
 #include <nearfar/nearfar.hpp>
 
 #include <charconv>
-#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
@@ -241,8 +240,7 @@ int main(int count, char** values) try {
   fs::create_directories(command.out);
   write_file(command.out / "command", "train " + command.run() + "\n");
 
-  std::signal(SIGINT, [](int) { stop_requested = 1; });
-  std::signal(SIGTERM, [](int) { stop_requested = 1; });
+  stop_at_signals();
   if (!trainer.run(command.out)) {
     std::printf("stopped after step %td; --resume goes on from %s\n", trainer.step(), checkpoint.c_str());
     return 130;

@@ -21,6 +21,16 @@ namespace train {
 /// Set by a signal: the run ends after the step it is at, and leaves a checkpoint.
 inline volatile std::sig_atomic_t stop_requested = 0;
 
+/// Lets SIGINT and SIGTERM ask the run to stop. A second one ends the program at once, an evaluation or not.
+inline void stop_at_signals() {
+  for (const int number : {SIGINT, SIGTERM}) {
+    std::signal(number, [](int same) {
+      stop_requested = 1;
+      std::signal(same, SIG_DFL);
+    });
+  }
+}
+
 /// The sequences of a batch in pieces of at most `tokens` tokens each, or of one sequence that is longer.
 inline std::vector<Batch> pieces_of(const Batch& batch, Index tokens, bool target_a_sequence) {
   std::vector<Batch> pieces;
