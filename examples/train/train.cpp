@@ -13,6 +13,7 @@
 
 #include <nearfar/nearfar.hpp>
 
+#include <algorithm>
 #include <charconv>
 #include <cstdio>
 #include <cstdlib>
@@ -117,7 +118,7 @@ struct Command {
   Setting setting;
 
   explicit Command(const std::vector<std::string>& words) {
-    if (words.empty() || words.front().starts_with("-")) refuse("the first word must be a task.");
+    if (words.front().starts_with("-")) refuse("the first word must be a task.");
     task = words.front();
     setting = default_setting();
     for (std::size_t i = 1; i < words.size(); ++i) {
@@ -222,9 +223,11 @@ struct Command {
 
 int main(int count, char** values) try {
   const std::vector<std::string> words(values + 1, values + count);
-  if (words == std::vector<std::string>{"--help"}) {
-    std::printf("%s", usage);
-    return 0;
+  const bool help =
+      std::any_of(words.begin(), words.end(), [](auto& word) { return word == "--help" || word == "-h"; });
+  if (help || words.empty()) {
+    std::fprintf(help ? stdout : stderr, "%s", usage);
+    return help ? 0 : 1;
   }
   Command command(words);
   const std::unique_ptr<Task> task = command.make_task();
