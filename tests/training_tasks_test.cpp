@@ -170,6 +170,20 @@ TEST_F(TrainingFiles, BytesAsksForTheNextByteAndHoldsTheEndBack) {
   EXPECT_NEAR(task.score({.cross_entropy = 20 * std::log(2.0), .correct = 0, .targets = 10}), 2, 1e-12);
 }
 
+TEST_F(TrainingFiles, AFolderThatCannotBeMadeIsNamed) {
+  make_folder(folder / "some" / "depth");
+  make_folder(folder / "some" / "depth");
+  EXPECT_TRUE(fs::is_directory(folder / "some" / "depth"));
+  write_file(folder / "a", "no folder");
+  try {
+    make_folder(folder / "a" / "depth");
+    FAIL() << "there is a file in its way";
+  } catch (const std::runtime_error& error) {
+    EXPECT_TRUE(
+        std::string(error.what()).starts_with("cannot make the folder " + (folder / "a/depth").string() + ": "));
+  }
+}
+
 TEST_F(TrainingFiles, BytesRefusesFilesThatAreMissingOrTooShort) {
   write_file(folder / "a", "short");
   EXPECT_THROW(BytesTask({.length = 20}, {folder / "a"}), std::runtime_error);

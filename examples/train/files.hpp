@@ -43,6 +43,13 @@ inline void write_file(const std::filesystem::path& path, std::string_view bytes
   if (!file || error) throw std::runtime_error("cannot write the file " + path.string() + ".");
 }
 
+/// Makes the folder, and those that it is in, where they are missing.
+inline void make_folder(const std::filesystem::path& path) {
+  std::error_code error;
+  std::filesystem::create_directories(path, error);
+  if (error) throw std::runtime_error("cannot make the folder " + path.string() + ": " + error.message() + ".");
+}
+
 /// Plain values one after another as bytes, in this machine's order.
 class ByteWriter {
  public:

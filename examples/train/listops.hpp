@@ -40,7 +40,7 @@ class ListOps {
     const std::filesystem::path path = folder / "listops";
     if (!std::filesystem::exists(path)) {
       std::printf("Generating ListOps, once, into %s\n", path.c_str());
-      std::filesystem::create_directories(folder);
+      make_folder(folder);
       write_sealed(path, first_line, generate());
     }
     content_ = read_sealed(path, first_line);

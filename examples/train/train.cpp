@@ -19,11 +19,14 @@
 #include <cstdlib>
 #include <exception>
 #include <filesystem>
+#include <limits>
 #include <memory>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <system_error>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -58,20 +61,36 @@ and of the setting, whose defaults the task has
 [[noreturn]] void refuse(const std::string& sentence) { throw std::invalid_argument(sentence + " See train --help."); }
 
 template <class Number>
-Number number_from(std::string_view option, std::string_view text) {
-  std::istringstream stream{std::string(text)};
-  Number number{};
-  stream >> number;
-  if (stream.fail() || stream.peek() != std::istringstream::traits_type::eof()) {
-    refuse(std::string(option) + " must be a number, but is \"" + std::string(text) + "\".");
-  }
-  return number;
-}
-
-template <class Number>
 std::string text_of(Number number) {
   char text[32];
   return {text, std::to_chars(text, text + sizeof text, number).ptr};
+}
+
+template <class Number>
+Number number_from(const std::string& option, const std::string& text) {
+  Number number{};
+  bool whole = false;
+  std::string expected = "a number";
+  if constexpr (std::is_integral_v<Number>) {
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
+    whole = error == std::errc{} && end == text.data() + text.size();
+    expected = "a whole number";
+    if (std::is_unsigned_v<Number>) expected += " from 0 to " + text_of(std::numeric_limits<Number>::max());
+  } else {
+    std::istringstream stream(text);
+    stream >> number;
+    whole = !stream.fail() && stream.peek() == std::istringstream::traits_type::eof();
+  }
+  if (!whole) refuse(option + " must be " + expected + ", but is \"" + text + "\".");
+  return number;
+}
+
+/// A word as a shell reads it.
+std::string quoted(const std::string& word) {
+  if (!word.empty() && word.find_first_of(" \t\n'\"\\`$&|;<>()[]{}*?!#~^") == std::string::npos) return word;
+  std::string text = "'";
+  for (const char c : word) text += c == '\'' ? "'\\''" : std::string(1, c);
+  return text + "'";
 }
 
 /// Calls visit(option, number) for each number of a setting.
@@ -94,10 +113,12 @@ void for_each_number(Of& setting, Visit&& visit) {
 }
 
 fs::path default_data() {
-  const char* const cache = std::getenv("XDG_CACHE_HOME");
-  const char* const home = std::getenv("HOME");
-  if (cache != nullptr) return fs::path(cache) / "nearfar";
-  if (home != nullptr) return fs::path(home) / ".cache/nearfar";
+  const auto folder = [](const char* variable) {
+    const char* const value = std::getenv(variable);
+    return fs::path(value != nullptr ? value : "");
+  };
+  if (const fs::path cache = folder("XDG_CACHE_HOME"); !cache.empty()) return cache / "nearfar";
+  if (const fs::path home = folder("HOME"); !home.empty()) return home / ".cache/nearfar";
   return fs::temp_directory_path() / "nearfar";
 }
 
@@ -173,11 +194,11 @@ struct Command {
     return made;
   }
 
-  /// The words that make this run again, wherever it writes.
-  std::string run() const {
+  /// The words that make this run, of what make_attention made, again, wherever it writes.
+  std::string run(const Attention& made) const {
     std::string words = task;
-    for (const std::string& file : files) words += ' ' + file;
-    words += " --attention " + attention;
+    for (const std::string& file : files) words += ' ' + quoted(file);
+    words += " --attention " + made.line();
     for (const Start& start : starts) words += " --start " + start.name + '=' + text_of(start.value);
     for_each_number(setting, [&](std::string_view option, auto number) {
       words += ' ' + std::string(option) + ' ' + text_of(number);
@@ -234,14 +255,15 @@ int main(int count, char** values) try {
   const Attention attention = command.make_attention(*task);
   if (command.out.empty()) command.out = fs::path("runs") / (command.task + "-" + std::string(attention.name()));
 
-  Trainer<Attention> trainer(*task, command.setting, attention, command.run(), command.threads);
+  const std::string run = command.run(attention);
+  Trainer<Attention> trainer(*task, command.setting, attention, run, command.threads);
+  make_folder(command.out);
   const fs::path checkpoint = command.out / "checkpoint";
   if (fs::exists(checkpoint)) {
     if (!command.resume) refuse(command.out.string() + " holds a run already: --resume goes on with it.");
     trainer.load(checkpoint);
   }
-  fs::create_directories(command.out);
-  write_file(command.out / "command", "train " + command.run() + "\n");
+  write_file(command.out / "command", "train " + run + "\n");
 
   stop_at_signals();
   if (!trainer.run(command.out)) {
