@@ -1,5 +1,5 @@
-# Draws the learning curves of `runs`, folders that train left, called `names`, into `picture`: the loss in training
-# against the steps, and what validation said against the time on one core.
+# Draws the learning curves of `runs`, folders that train left, each in double quotes, called `names`, into `picture`: the
+# loss in training against the steps, and what validation said against the time on one core.
 
 # Below the two diagrams there is a line for each name: some are long.
 lines = 17.0 * words(runs)
