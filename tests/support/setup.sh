@@ -1,7 +1,10 @@
-# Sourced by tests/run and bench/run: installs what is missing and builds.
+# Sourced by tests/run and the scripts of bench: answers, installs what is missing and builds.
 
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 jobs=$(nproc 2>/dev/null || echo 2)
+
+# The comment that the script begins with.
+usage() { sed -n '2,/^set -/{/^#/s/^# \{0,1\}//p}' "$0"; }
 
 say() { printf '== %s\n' "$*"; }
 
@@ -9,6 +12,11 @@ fail() {
   printf '%s: %s\n' "$0" "$*" >&2
   exit 1
 }
+
+unknown_argument() { fail "unknown argument $1; see --help."; }
+
+# need_value OPTION [VALUE]...: fails unless the option is followed by one.
+need_value() { [ $# -ge 2 ] || fail "$1 needs a value; see --help."; }
 
 as_root() {
   if [ "$(id -u)" -eq 0 ]; then
