@@ -44,7 +44,7 @@ Options options_of(std::string_view line) {
   return found;
 }
 
-/// A line for each mechanism that sets every option to what is not its default.
+/// A line for each mechanism that sets every option, but for one that excludes another, to what is not its default.
 const std::vector<std::string> full_lines = {
     "softmax:causal,scale=0.25",
     "banded:left=3,right=5,causal,scale=0.25",
@@ -88,6 +88,7 @@ TEST(AnyAttention, ReadsEveryOption) {
   EXPECT_EQ(nystrom.landmarks, 3);
   EXPECT_EQ(nystrom.scale, 0.25);
   EXPECT_EQ(nystrom.tolerance, 1e-9);
+  EXPECT_EQ(options_of<Nystrom>("nystrom:iterations=6").iterations, 6);
 
   const auto fmm = options_of<Fmm>(full_lines[4]);
   EXPECT_EQ(fmm.window, (Window{3, 5}));

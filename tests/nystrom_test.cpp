@@ -106,6 +106,14 @@ TEST(Nystrom, WithALandmarkForEveryTokenIsSoftmax) {
     EXPECT_TRUE(
         close(run_forward(nystrom(heads, landmarks), sample), run_forward(Softmax<double>(heads), sample), 1e-9));
   }
+  // Rounding in float counts against the kernel there is, not against the largest there might be.
+  const auto in_float = cast<float>(sample);
+  Nystrom<float>::Saved saved;
+  Matrix<float> out(12, heads.out_cols());
+  Nystrom<float>(heads, {.landmarks = 10000000}).forward(in_float.inputs(), out, saved);
+  EXPECT_TRUE(close(out, run_forward(Softmax<float>(heads), in_float), 1e-4));
+  EXPECT_EQ(saved.inverse.cols(), heads.query * 12);
+
   sample.key_mask = {1, 0, 1, 1, 0, 0, 1, 1, 1, 1, 0, 1};
   EXPECT_TRUE(close(run_forward(nystrom(heads, 12), sample), run_forward(Softmax<double>(heads), sample), 1e-9));
 }
@@ -129,6 +137,31 @@ TEST(Nystrom, CountsPivotsUpToTheToleranceAsZero) {
   const Matrix<double> mean = sample.value.colwise().mean().replicate(40, 1);
   EXPECT_TRUE(close(run_forward(Nystrom<double>(heads, {.landmarks = 4, .tolerance = 1e-2}), sample), mean, 1e-3));
   EXPECT_FALSE(close(run_forward(Nystrom<double>(heads, {.landmarks = 4, .tolerance = 0.0}), sample), mean, 1e-3));
+}
+
+TEST(Nystrom, IteratesTowardsTheInverse) {
+  const Heads heads{4, 2, 5, 7};
+  const auto sample = random_sample<double>(heads, 50, 30);
+  const Matrix<double> exact = run_forward(nystrom(heads, 3), sample);
+  const auto distance = [&](Index iterations) {
+    const Nystrom<double> iterated(heads, {.landmarks = 3, .iterations = iterations});
+    return (run_forward(iterated, sample) - exact).norm() / exact.norm();
+  };
+  // Of third order: each step leaves the cube of what the last one left, or close to it.
+  EXPECT_GT(distance(1), 1e-2);
+  EXPECT_LT(distance(6), distance(1));
+  EXPECT_LT(distance(40), 1e-9);
+}
+
+TEST(Nystrom, IteratesToTheMeanOfEqualTokens) {
+  // A kernel of rank one with entries of 1/5 is its own inverse, and every step leaves it as it is.
+  const Heads heads{1, 1, 4};
+  auto sample = random_sample<double>(heads, 40, 5);
+  sample.query.rowwise() = sample.query.row(0).eval();
+  sample.key.rowwise() = sample.key.row(0).eval();
+  const Matrix<double> mean = sample.value.colwise().mean().replicate(40, 1);
+  const Nystrom<double> iterated(heads, {.landmarks = 5, .iterations = 6});
+  EXPECT_TRUE(close(run_forward(iterated, sample), mean, 1e-13));
 }
 
 TEST(Nystrom, AttendsEachSequenceOfABatchAlone) {
@@ -263,6 +296,16 @@ TEST(Nystrom, HasTheGradientAlongSequencesWhoseLandmarksStayEqual) {
   for (const std::uint64_t seed : {23U, 24U, 25U}) expect_derivative(nystrom(heads, 6), twins(22), twins(seed));
 }
 
+TEST(Nystrom, HasTheGradientOfItsIterations) {
+  const Heads heads{2, 1, 6};
+  for (const Index iterations : {1, 2, 6}) {
+    const Nystrom<double> iterated(heads, {.landmarks = 6, .iterations = iterations});
+    for (const std::uint64_t seed : {31U, 32U}) {
+      expect_derivative(iterated, random_sample<double>(heads, 24, seed), random_sample<double>(heads, 24, seed + 10));
+    }
+  }
+}
+
 TEST(Nystrom, HasGradientsThatDoNotDependOnThreads) {
   const Heads heads{2, 1, 8};
   const auto sample = random_sample<float>(heads, 4500, 26);
@@ -303,6 +346,9 @@ TEST(Nystrom, RefusesBadOptions) {
   EXPECT_EQ(message(heads, {.landmarks = 0}), "nearfar::Nystrom: landmarks must be at least 1, but is 0.");
   EXPECT_EQ(message(heads, {.tolerance = 1.0}),
             "nearfar::Nystrom: tolerance must be 0 or more and less than 1, but is 1.000000.");
+  EXPECT_EQ(message(heads, {.iterations = 0}), "nearfar::Nystrom: iterations must be at least 1, but is 0.");
+  EXPECT_EQ(message(heads, {.tolerance = 0.5, .iterations = 6}),
+            "nearfar::Nystrom: either tolerance or iterations may be given, but both are: 0.500000 and 6.");
   EXPECT_EQ(message(heads, {.scale = -1.0}), "nearfar::Nystrom: scale must be positive and finite, but is -1.000000.");
 }
 

@@ -109,7 +109,7 @@ struct LineFormat<NystromOptions> {
   template <class O = NystromOptions>
   static constexpr auto options() {
     return std::array{line_option<&O::landmarks>("landmarks"), line_option<&O::scale>("scale"),
-                      line_option<&O::tolerance>("tolerance")};
+                      line_option<&O::tolerance>("tolerance"), line_option<&O::iterations>("iterations")};
   }
 };
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <nearfar/detail/checks.hpp>
+#include <nearfar/engine/iterated_inverse.hpp>
 #include <nearfar/engine/landmarks.hpp>
 #include <nearfar/engine/pseudo_inverse.hpp>
 #include <nearfar/engine/split_keys.hpp>
@@ -20,10 +21,13 @@ struct NystromOptions {
   Index landmarks = 64;
   /// What query . key is multiplied by; 1 / sqrt(dim) unless given.
   std::optional<double> scale = {};
-  /// Pivots of the kernel up to this share of the first count as zero; landmarks times the rounding unit of T unless
+  /// Pivots of the kernel up to this share of the first count as zero; its size times the rounding unit of T unless
   /// given, which is the inverse as the equation has it. To train, give more, such as 0.1: where queries and keys are
   /// alike still, A is close to singular, and its inverse drowns what the values say.
   std::optional<double> tolerance = {};
+  /// Takes as many steps of the authors' iteration towards A^-1 (they take 6) in place of A^+: what a model trained
+  /// with their code needs. Few steps are themselves an inverse that small singular values do not drown.
+  std::optional<Index> iterations = {};
 };
 
 /// Far-field attention of low rank: every query sees the sequence through a few landmarks.
@@ -31,18 +35,18 @@ struct NystromOptions {
 ///   out = softmax(scale * q Kl^T) A^+ softmax(scale * Ql k^T) v,    A = softmax(scale * Ql Kl^T)       for each head
 ///
 /// Ql and Kl (landmarks x dim) are the means of the queries and keys of each segment; segment t of r holds the tokens
-/// floor(t n / r) .. floor((t + 1) n / r) - 1. A^+ is the Moore-Penrose inverse itself, in double precision, where the
-/// authors' code iterates towards it; the kernel A of a smooth sequence is close to singular, and an error of B =
+/// floor(t n / r) .. floor((t + 1) n / r) - 1. A^+ is the Moore-Penrose inverse itself, in double precision, unless
+/// `iterations` are given; the kernel A of a smooth sequence is close to singular, and an error of B =
 /// softmax(Ql k^T) v may grow by its condition number: that is the mechanism's, whatever computes it.
 ///
 /// Shapes as Softmax with n_q = n_k = n, bidirectional alone. Time: 4 n r (dim + value_dim) multiply-adds' flops a
-/// head, and of order r^3 for A^+. Memory beside inputs and out: the landmarks, r^2 numbers a head, and for every 2048
-/// tokens r rows of partial results; a second call of the same shapes allocates nothing.
-/// Masked tokens enter no mean and no softmax over keys, but have a row of out as queries; a segment without any other
-/// token has no landmark. So a sequence of fewer tokens than `landmarks` has one landmark a token, which makes the
-/// result exact attention. Where all keys are masked out is zero, and the log-sum-exp -infinity.
-/// Where pivots were dropped, the gradient is that at constant rank.
-/// Source: Xiong et al., Nystromformer, arXiv 2102.03902, algorithm 1.
+/// head, and of order r^3 for A^+ (4 r^3 multiply-adds an iteration). Memory beside inputs and out: the landmarks, r^2
+/// numbers a head, and for every 2048 tokens r rows of partial results; a second call of the same shapes allocates
+/// nothing. Masked tokens enter no mean and no softmax over keys, but have a row of out as queries; a segment without
+/// any other token has no landmark. So a sequence of fewer tokens than `landmarks` has one landmark a token, which
+/// makes the result exact attention. Where all keys are masked out is zero, and the log-sum-exp -infinity. Where pivots
+/// were dropped, the gradient is that at constant rank. Source: Xiong et al., Nystromformer, arXiv 2102.03902,
+/// algorithm 1.
 template <class T>
 class Nystrom {
  public:
@@ -52,7 +56,8 @@ class Nystrom {
 
   /// Ql and Kl, one row a landmark, the landmarks of a packed batch one sequence after another; Kl once for each query
   /// head. B = softmax(scale * Ql k^T) v with the log-sum-exp of its rows (heads.query x landmarks); W = A^+ B; and
-  /// A^+ of each sequence and head: rows as the sequence's landmarks, columns from head * options.landmarks on.
+  /// A^+ of each sequence and head: rows as the sequence's landmarks, columns from head * m on, where no sequence has
+  /// more than m landmarks.
   /// log_sum_exp: heads.query x n, of the scores against Kl.
   struct Saved {
     Matrix<T> landmark_query;
@@ -70,6 +75,11 @@ class Nystrom {
     detail::require(options.landmarks >= 1, name, "landmarks must be at least 1, but is ", options.landmarks, ".");
     detail::require(!options.tolerance || (*options.tolerance >= 0 && *options.tolerance < 1), name,
                     "tolerance must be 0 or more and less than 1, but is ", options.tolerance.value_or(0), ".");
+    detail::require(options.iterations.value_or(1) >= 1, name, "iterations must be at least 1, but is ",
+                    options.iterations.value_or(1), ".");
+    detail::require(!options.tolerance || !options.iterations, name,
+                    "either tolerance or iterations may be given, but both are: ", options.tolerance.value_or(0),
+                    " and ", options.iterations.value_or(0), ".");
   }
 
   const Heads& heads() const { return heads_; }
@@ -104,7 +114,7 @@ class Nystrom {
     saved.landmark_out.resize(rows, heads_.out_cols());
     saved.landmark_log_sum_exp.resize(heads_.query, rows);
     saved.landmark_value.resize(rows, heads_.out_cols());
-    saved.inverse.resize(rows, heads_.query * options_.landmarks);
+    saved.inverse.resize(rows, heads_.query * landmarks.most());
     saved.log_sum_exp.resize(heads_.query, inputs.query.rows());
     attend(work, inputs, out, landmarks,
            {saved.landmark_query, saved.landmark_key, saved.landmark_out, saved.landmark_log_sum_exp.data(),
@@ -118,7 +128,7 @@ class Nystrom {
     detail::Work work(context);
     const detail::Landmarks landmarks(work, inputs, options_.landmarks);
     const Index rows = landmarks.count();
-    check_saved(saved, rows, inputs.query.rows());
+    check_saved(saved, landmarks, inputs.query.rows());
     const auto take = [&](Index cols) { return Tokens<T>(work.take<T>(rows * cols), rows, cols, cols); };
     const Tokens<T> grad_query = take(heads_.query_cols()), grad_kernel_query = take(heads_.query_cols());
     const Tokens<T> grad_key = take(heads_.query_cols());
@@ -161,8 +171,8 @@ class Nystrom {
   /// Each query head has landmark keys and values of its own.
   Heads landmark_heads() const { return {heads_.query, heads_.query, heads_.dim, heads_.value_width()}; }
 
-  double tolerance() const {
-    return options_.tolerance.value_or(static_cast<double>(options_.landmarks) * std::numeric_limits<T>::epsilon());
+  double tolerance(Index landmarks) const {
+    return options_.tolerance.value_or(static_cast<double>(landmarks) * std::numeric_limits<T>::epsilon());
   }
 
   void attend(detail::Work& work, const Inputs<T>& inputs, Tokens<T> out, const detail::Landmarks& landmarks,
@@ -185,6 +195,12 @@ class Nystrom {
     return tokens.middle_rows(landmarks.first, landmarks.count()).middle_cols(head * width, width);
   }
 
+  // The same of Saved::inverse.
+  template <class S>
+  Tokens<S> inverse_of(Tokens<S> inverse, Range landmarks, Index head) const {
+    return share(inverse, landmarks, head, inverse.cols() / heads_.query).middle_cols(0, landmarks.count());
+  }
+
   // W = A^+ B of one sequence and head.
   void solve(Range landmarks, Index head, const Factors& f, detail::Scratch& scratch) const {
     const Index count = landmarks.count(), dim = heads_.dim, value_dim = heads_.value_width();
@@ -192,14 +208,12 @@ class Nystrom {
       return detail::copy_small<double>(scratch, share(of_all, landmarks, head, width));
     };
     const Tokens<double> key = detail::transpose_small(scratch, take_double(f.key, dim));
-    const Tokens<double> inverse = kernel(take_double(f.query, dim), key, scratch);
-    detail::pseudo_invert(inverse, tolerance(), scratch);
+    const Tokens<double> inverse = invert(kernel(take_double(f.query, dim), key, scratch), scratch);
     const Tokens<double> out = take_double(f.out, value_dim);
     const Tokens<double> value = detail::take_product(scratch, detail::rows_of(inverse), count, out);
     detail::copy_entries(Tokens<const double>(value), share(f.value, landmarks, head, value_dim));
     if (f.inverse.data() == nullptr) return;
-    detail::copy_entries(Tokens<const double>(inverse),
-                         share(f.inverse, landmarks, head, options_.landmarks).middle_cols(0, count));
+    detail::copy_entries(Tokens<const double>(inverse), inverse_of(f.inverse, landmarks, head));
   }
 
   struct KernelGradients {
@@ -208,12 +222,15 @@ class Nystrom {
     Tokens<T> out;    // written
   };
 
-  // The gradients of B, Ql and Kl from that of W = A^+ B. With P = A^+ and G the gradient of P, that of A is
-  //
-  //   -P^T G P^T + (I - A P) G^T P P^T + P^T P G^T (I - P A)
-  //
-  // (Golub and Pereyra, SIAM J. Numer. Anal. 10, 1973, for A of constant rank); a kernel of full rank
-  // has only the first term.
+  // A^+, in the place of A or elsewhere.
+  Tokens<double> invert(Tokens<double> a, detail::Scratch& scratch) const {
+    if (options_.iterations)
+      return detail::take_inverse_iterates(scratch, a, *options_.iterations)[*options_.iterations];
+    detail::pseudo_invert(a, tolerance(a.rows()), scratch);
+    return a;
+  }
+
+  // The gradients of B, Ql and Kl from that of W = A^+ B.
   void solve_backward(Range landmarks, Index head, const Saved& saved, Tokens<const T> grad_value,
                       const KernelGradients& grad, detail::Scratch& scratch) const {
     using Small = Tokens<double>;
@@ -228,29 +245,14 @@ class Nystrom {
     const Small query = take_double(saved.landmark_query, dim), key = take_double(saved.landmark_key, dim);
     const Small out = take_double(saved.landmark_out, value_dim), grad_w = take_double(grad_value, value_dim);
     const Small a = kernel(query, transpose_small(scratch, key), scratch);
-    const Small p = detail::copy_small<double>(
-        scratch, share(Tokens<const double>(saved.inverse), landmarks, head, options_.landmarks).middle_cols(0, count));
-    const Small p_transposed = transpose_small(scratch, p);
+    const Small p =
+        detail::copy_small<double>(scratch, inverse_of(Tokens<const double>(saved.inverse), landmarks, head));
 
     const Small grad_b = product(cols_of(p), grad_w);
     const Small grad_p = product(rows_of(grad_w), transpose_small(scratch, out));
-    const Small grad_a = product(rows_of(product(cols_of(p), grad_p)), p_transposed, -1);
-    // The trace of the projector P A is the rank.
-    double trace = 0;
-    for (Index i = 0; i < count; ++i) {
-      for (Index j = 0; j < count; ++j) trace += p(i, j) * a(j, i);
-    }
-    if (std::lround(trace) < count) {
-      const auto complement = [&](Small x, Small y) {
-        const Small projector = product(rows_of(x), y, -1);
-        for (Index i = 0; i < count; ++i) projector(i, i) += 1;
-        return projector;
-      };
-      const Small left = product(rows_of(complement(a, p)), transpose_small(scratch, grad_p));
-      add_product(rows_of(left), product(rows_of(p), p_transposed), grad_a);
-      const Small right = product(cols_of(grad_p), complement(p, a));
-      add_product(rows_of(product(cols_of(p), p)), right, grad_a);
-    }
+    const Small grad_a = options_.iterations
+                             ? detail::take_iterated_inverse_gradient(scratch, a, *options_.iterations, grad_p)
+                             : detail::take_pseudo_inverse_gradient(scratch, a, p, grad_p);
 
     // Through the softmax of each row.
     for (Index i = 0; i < count; ++i) {
@@ -285,13 +287,14 @@ class Nystrom {
     return a;
   }
 
-  void check_saved(const Saved& saved, Index landmarks, Index tokens) const {
-    detail::check_saved(name, "landmark_query", saved.landmark_query, landmarks, heads_.query_cols());
-    detail::check_saved(name, "landmark_key", saved.landmark_key, landmarks, heads_.query_cols());
-    detail::check_saved(name, "landmark_out", saved.landmark_out, landmarks, heads_.out_cols());
-    detail::check_saved(name, "landmark_log_sum_exp", saved.landmark_log_sum_exp, heads_.query, landmarks);
-    detail::check_saved(name, "landmark_value", saved.landmark_value, landmarks, heads_.out_cols());
-    detail::check_saved(name, "inverse", saved.inverse, landmarks, heads_.query * options_.landmarks);
+  void check_saved(const Saved& saved, const detail::Landmarks& landmarks, Index tokens) const {
+    const Index rows = landmarks.count();
+    detail::check_saved(name, "landmark_query", saved.landmark_query, rows, heads_.query_cols());
+    detail::check_saved(name, "landmark_key", saved.landmark_key, rows, heads_.query_cols());
+    detail::check_saved(name, "landmark_out", saved.landmark_out, rows, heads_.out_cols());
+    detail::check_saved(name, "landmark_log_sum_exp", saved.landmark_log_sum_exp, heads_.query, rows);
+    detail::check_saved(name, "landmark_value", saved.landmark_value, rows, heads_.out_cols());
+    detail::check_saved(name, "inverse", saved.inverse, rows, heads_.query * landmarks.most());
     detail::check_saved(name, "log_sum_exp", saved.log_sum_exp, heads_.query, tokens);
   }
 

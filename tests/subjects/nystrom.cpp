@@ -11,11 +11,13 @@ bool add(const std::string& name, const NystromOptions& options) {
   const SubjectCase known{
       .name = name, .padding_is_shortening = false, .tolerance = 1e-9, .float_tolerance = 2e-2, .accuracy = 1e-3};
   return add_subject<Nystrom>(known, options, [](const Nystrom<double>& attention, const Inputs<double>& inputs) {
-    return reference::nystrom(attention.heads(), inputs, attention.options().landmarks, attention.options().scale);
+    const NystromOptions& own = attention.options();
+    return reference::nystrom(attention.heads(), inputs, own.landmarks, own.scale, own.iterations);
   });
 }
 
-const bool added = add("nystrom", {.landmarks = 4}) && add("nystrom_scaled", {.landmarks = 3, .scale = 1});
+const bool added = add("nystrom", {.landmarks = 4}) && add("nystrom_scaled", {.landmarks = 3, .scale = 1}) &&
+                   add("nystrom_iterated", {.landmarks = 5, .iterations = 6});
 
 }  // namespace
 }  // namespace nearfar::test

@@ -47,6 +47,13 @@ class Landmarks {
   /// The landmarks of sequence b.
   Range of(Index b) const { return {offsets_[b], offsets_[b + 1]}; }
 
+  /// How many a sequence has at most.
+  Index most() const {
+    Index most = 0;
+    for (Index b = 0; b < sequences_; ++b) most = std::max(most, of(b).count());
+    return most;
+  }
+
   /// Inputs in which landmark queries stand in the place of the queries.
   template <class T>
   Inputs<T> as_queries(const Inputs<T>& inputs, Tokens<const T> query) const {

@@ -125,6 +125,38 @@ Index pseudo_invert(Tokens<T> a, std::type_identity_t<T> tolerance, Scratch& scr
   return rank;
 }
 
+/// The gradient of A from G, that of P = A^+:
+///
+///   -P^T G P^T + (I - A P) G^T P P^T + P^T P G^T (I - P A)
+///
+/// (Golub and Pereyra, SIAM J. Numer. Anal. 10, 1973, for A of constant rank); an A of full rank has only the first
+/// term.
+template <class T>
+Tokens<T> take_pseudo_inverse_gradient(Scratch& scratch, Tokens<T> a, Tokens<T> p, Tokens<T> g) {
+  const Index size = a.rows();
+  const auto product = [&](Broadcast<T> x, Tokens<T> y, T factor = 1) {
+    return take_product(scratch, x, size, y, factor);
+  };
+  const Tokens<T> p_transposed = transpose_small(scratch, p);
+  const Tokens<T> grad = product(rows_of(product(cols_of(p), g)), p_transposed, -1);
+  // The trace of the projector P A is the rank.
+  T trace = 0;
+  for (Index i = 0; i < size; ++i) {
+    for (Index j = 0; j < size; ++j) trace += p(i, j) * a(j, i);
+  }
+  if (std::lround(trace) == size) return grad;
+  const auto complement = [&](Tokens<T> x, Tokens<T> y) {
+    const Tokens<T> projector = product(rows_of(x), y, -1);
+    for (Index i = 0; i < size; ++i) projector(i, i) += 1;
+    return projector;
+  };
+  const Tokens<T> left = product(rows_of(complement(a, p)), transpose_small(scratch, g));
+  add_product(rows_of(left), product(rows_of(p), p_transposed), grad);
+  const Tokens<T> right = product(cols_of(g), complement(p, a));
+  add_product(rows_of(product(cols_of(p), p)), right, grad);
+  return grad;
+}
+
 }  // namespace detail
 }  // namespace NEARFAR_VERSION_NAMESPACE
 }  // namespace nearfar

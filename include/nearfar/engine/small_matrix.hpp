@@ -11,8 +11,8 @@ namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
 namespace detail {
 
-// Matrices that fit in a cache, one a landmark or so a side. Each is zeros up to whole register tiles, so that a
-// product has one tile to compile, and either side of it may be a transpose.
+// Matrices that fit in a cache, one a landmark or so a side. Each has room up to whole register tiles, so that a
+// product has one tile to compile, and either side of it may be a transpose; what stands there reaches no result.
 
 inline constexpr int small_rows = 8;
 
