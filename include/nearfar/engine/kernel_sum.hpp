@@ -63,7 +63,7 @@ class KernelSum {
   void forward(const Forward& call, Work& work) const;
   void backward(const Backward& call, Work& work) const;
 
-  /// Whether any key of the sequence may be seen.
+  /// The first key of the sequence that may be seen, or how many keys it has.
   static Index first_visible_key(const Inputs<T>& inputs, const Sequence& s) {
     const VisibleKeys visible(inputs, s, false);
     Index j = 0;
@@ -162,8 +162,7 @@ void KernelSum<T>::forward(const Forward& call, Work& work) const {
   }
   const auto alignment = [&](Index b) { return queries_along_keys(inputs, b, call.stream_has_keys); };
   for (Index b = 0; b < sequence_count(inputs) && !call.add; ++b) {
-    const Index first = sequence(inputs, b).query_begin;
-    for (Index i = 0; i < alignment(b).first_query; ++i) std::fill_n(call.out.row(first + i), call.out.cols(), T(0));
+    call.out.middle_rows(sequence(inputs, b).query_begin, alignment(b).first_query).matrix().setZero();
   }
   scan<T>(
       work, sequence_count(inputs), heads.key_value, sums_size(), alignment,

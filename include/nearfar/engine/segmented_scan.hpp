@@ -100,7 +100,7 @@ struct ScanStep {
 ///
 /// Where there are at least as many sequences and heads as threads, each runs from its first segment to its last. Else
 /// the segments themselves are shared out, in two rounds: the sums of all segments, then, each knowing its past,
-/// the segments. Both give the same bits. Memory: three states a head and thread, or one a head and segment.
+/// the segments. Both give the same bits. Memory: three states a head and thread, or two a head and segment.
 template <class T>
 void scan(Work& work, Index sequences, Index heads, Index size, FunctionRef<Alignment(Index)> alignment,
           FunctionRef<void(Index, Range, T*)> start, FunctionRef<void(const ScanStep<T>&, Scratch&)> visit,
