@@ -159,6 +159,27 @@ TEST_P(Relations, FmmWithoutNearFieldIsLinear) {
   }
 }
 
+TEST(Relations, AKeyThatWeighsNothingAddsNothing) {
+  constexpr double infinity = std::numeric_limits<double>::infinity();
+  const Heads grouped{4, 2, 20};
+  for (const Index queries : {1, 6, 7, 30}) {
+    auto sample = random_sample<double>(grouped, queries, 71, 30);
+    sample.query = sample.query.cwiseAbs().array() + 0.1;
+    sample.key_mask.assign(30, 1);
+    sample.key_mask[13] = 0;
+    const auto run = [&](const Sample<double>& of) {
+      return std::array{run_forward(Softmax<double>(grouped), of),
+                        run_forward(Banded<double>(grouped, {.window = {20, 20}}), of)};
+    };
+    const auto hidden = run(sample);
+    sample.key_mask[13] = 1;
+    sample.key.row(13).setConstant(-infinity);
+    sample.value.row(13).setConstant(infinity);
+    const auto weightless = run(sample);
+    for (std::size_t i = 0; i < hidden.size(); ++i) EXPECT_TRUE(close(weightless[i], hidden[i], 1e-12)) << queries;
+  }
+}
+
 TEST(Relations, NystromIsSoftmaxWhereEveryTokenIsALandmark) {
   const auto sample = random_sample<double>(heads, 9, 3);
   const Nystrom<double> nystrom(heads, {.landmarks = 9, .scale = 3});

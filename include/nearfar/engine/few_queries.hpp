@@ -1,6 +1,7 @@
 #pragma once
 
 #include <nearfar/context.hpp>
+#include <nearfar/detail/tiles.hpp>
 #include <nearfar/mask.hpp>
 #include <nearfar/online_softmax.hpp>
 
@@ -27,11 +28,7 @@ class FewQueries {
   /// Where `factors` (heads.query x value_dim) has rows, the features of out are multiplied by it.
   FewQueries(const Heads& heads, Window window, double scale, const Inputs<Scalar>& inputs, Tokens<const T> factors)
       : heads_(heads), window_(window), scale_(scale), inputs_(inputs), factors_(factors) {
-    for (Index b = 0; b < sequence_count(inputs); ++b) {
-      const Sequence rows = sequence(inputs, b);
-      queries_ = std::max(queries_, rows.query_count);
-      segments_ = std::max(segments_, (seen(rows).count() + segment_keys - 1) / segment_keys);
-    }
+    for (Index b = 0; b < sequence_count(inputs); ++b) queries_ = std::max(queries_, sequence(inputs, b).query_count);
   }
 
   /// Whether the inputs are of this kind.
@@ -39,12 +36,14 @@ class FewQueries {
 
   void attend(Work& work, Tokens<Scalar> out, double* log_sum_exp) const {
     const Index sequences = sequence_count(inputs_);
-    T* triples = work.take<T>(sequences * segments_ * queries_ * heads_.query * triple_size());
-    work.for_each(sequences * segments_, [&](Index task, Scratch& scratch) {
-      attend_segment(sequence(inputs_, task / segments_), task % segments_, triples + task * triples_size(), scratch);
+    const Tiles segments(work, sequences, segment_keys, [&](Index b) { return seen(sequence(inputs_, b)).count(); });
+    T* triples = work.take<T>(segments.count() * triples_size());
+    work.for_each(segments.count(), [&](Index s, Scratch& scratch) {
+      attend_segment(segments[s], triples + s * triples_size(), scratch);
     });
     work.for_each(sequences, [&](Index b, Scratch&) {
-      merge(sequence(inputs_, b), triples + b * segments_ * triples_size(), out, log_sum_exp);
+      const Range own = segments.of(b);
+      merge(sequence(inputs_, b), own.count(), triples + own.first * triples_size(), out, log_sum_exp);
     });
   }
 
@@ -62,11 +61,13 @@ class FewQueries {
   Index triple_size() const { return heads_.value_width() + 2; }
   Index triples_size() const { return queries_ * heads_.query * triple_size(); }
 
-  void attend_segment(const Sequence& rows, Index segment, T* triples, Scratch& scratch) const {
+  void attend_segment(const Tile& segment, T* triples, Scratch& scratch) const {
+    const Sequence rows = sequence(inputs_, segment.sequence);
     const Band band(window_, rows.query_count, rows.key_count);
     const std::uint8_t* mask = key_mask(inputs_, rows);
-    const Index first = seen(rows).first + segment * segment_keys;
-    const Index count = std::clamp<Index>(seen(rows).end - first, 0, segment_keys);
+    const Index first = seen(rows).first + segment.first;
+    const Index count = segment.count;
+    const Index filled = round_up(count, lanes<T>);
     const auto hidden = [&](Index j) { return mask != nullptr && mask[first + j] == 0; };
     const Index lists = rows.query_count * heads_.query;
     T* weights = scratch.take<T>(lists * segment_keys);
@@ -77,7 +78,7 @@ class FewQueries {
       for (Index c = 0; c < heads_.query_cols(); ++c) to[c] = T(scale_) * log2_e<T> * T(from[c]);
     }
 
-    std::fill_n(weights, lists * segment_keys, -infinity<T>);
+    for (Index list = 0; list < lists; ++list) std::fill_n(weights + list * segment_keys, filled, -infinity<T>);
     for (Index j = 0; j < count; ++j) {
       if (hidden(j)) continue;
       const Scalar* key = inputs_.key.row(rows.key_begin + first + j);
@@ -93,7 +94,7 @@ class FewQueries {
     for (Index list = 0; list < lists; ++list) {
       T* triple = triples + list * triple_size();
       std::fill_n(triple, heads_.value_width(), T(0));
-      weigh(weights + list * segment_keys, triple[heads_.value_width()], triple[heads_.value_width() + 1]);
+      weigh(weights + list * segment_keys, filled, triple[heads_.value_width()], triple[heads_.value_width() + 1]);
     }
     for (Index j = 0; j < count; ++j) {
       if (hidden(j)) continue;
@@ -104,7 +105,9 @@ class FewQueries {
         T* const triple = triples + i * heads_.query * triple_size();
         for_each_head([&, width = heads_.value_width(), size = triple_size(),
                        ahead = rows_ahead * inputs_.value.stride()](Index h, Index g) {
-          add(weight[h * segment_keys], value + g * width, triple + h * size, width, ahead);
+          // Of a key that weighs nothing an infinity would add NaN.
+          const T own_weight = weight[h * segment_keys];
+          if (own_weight != T(0)) add(own_weight, value + g * width, triple + h * size, width, ahead);
         });
       }
     }
@@ -148,15 +151,15 @@ class FewQueries {
     for (; c < width; ++c) value[c] += weight * T(row[c]);
   }
 
-  // Turns a list of scores into weights 2^(score - max) and gives their maximum and sum.
-  static void weigh(T* scores, T& max, T& sum) {
+  // Turns a list of `count` scores, whole vectors, into weights 2^(score - max) and gives their maximum and sum.
+  static void weigh(T* scores, Index count, T& max, T& sum) {
     static_assert(segment_keys % lanes<T> == 0);
     Packet<T> largest = ploadu<Packet<T>>(scores);
-    for (Index j = lanes<T>; j < segment_keys; j += lanes<T>) largest = pmax(largest, ploadu<Packet<T>>(scores + j));
+    for (Index j = lanes<T>; j < count; j += lanes<T>) largest = pmax(largest, ploadu<Packet<T>>(scores + j));
     max = Eigen::internal::predux_max(largest);
     const Packet<T> shift = pset1<Packet<T>>(max == -infinity<T> ? T(0) : max);
     Packet<T> sums = pset1<Packet<T>>(T(0));
-    for (Index j = 0; j < segment_keys; j += lanes<T>) {
+    for (Index j = 0; j < count; j += lanes<T>) {
       const Packet<T> weight = exp2<T>(psub(ploadu<Packet<T>>(scores + j), shift));
       pstoreu(scores + j, weight);
       sums = padd(sums, weight);
@@ -164,7 +167,7 @@ class FewQueries {
     sum = Eigen::internal::predux(sums);
   }
 
-  void merge(const Sequence& rows, T* triples, Tokens<Scalar> out, double* log_sum_exp) const {
+  void merge(const Sequence& rows, Index segments, T* triples, Tokens<Scalar> out, double* log_sum_exp) const {
     const Index width = heads_.value_width();
     for (Index i = 0; i < rows.query_count; ++i) {
       for (Index h = 0; h < heads_.query; ++h) {
@@ -172,11 +175,11 @@ class FewQueries {
           return triples + s * triples_size() + (i * heads_.query + h) * triple_size();
         };
         T max = -infinity<T>;
-        for (Index s = 0; s < segments_; ++s) max = std::max(max, triple(s)[width]);
+        for (Index s = 0; s < segments; ++s) max = std::max(max, triple(s)[width]);
         T sum = 0;
         Scalar* row = out.row(rows.query_begin + i) + h * width;
-        T* total = segments_ > 0 ? triple(0) : nullptr;
-        for (Index s = 0; s < segments_; ++s) {
+        T* total = segments > 0 ? triple(0) : nullptr;
+        for (Index s = 0; s < segments; ++s) {
           const T* part = triple(s);
           const T factor = part[width] == -infinity<T> ? T(0) : std::exp2(part[width] - max);
           sum += factor * part[width + 1];
@@ -199,7 +202,6 @@ class FewQueries {
   const Inputs<Scalar>& inputs_;
   Tokens<const T> factors_;
   Index queries_ = 0;
-  Index segments_ = 0;
 };
 
 }  // namespace detail

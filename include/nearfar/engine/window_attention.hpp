@@ -108,10 +108,11 @@ void wide_window_attention(Work& work, const Heads& heads, Window window, double
 template <class Scalar>
 void window_attention(Work& work, const Heads& heads, Window window, double scale, const Inputs<Scalar>& inputs,
                       Tokens<Scalar> out, double* log_sum_exp, Tokens<const Accumulator<Scalar>> factors = {}) {
+  const FewQueries<Scalar> few(heads, window, scale, inputs, factors);
+  if (few.suits()) return few.attend(work, out, log_sum_exp);
   const NarrowWindow<Scalar> narrow(heads, window, scale, inputs, factors);
-  const bool few = FewQueries<Scalar>(heads, window, scale, inputs, factors).suits();
-  if (!few && narrow.suits()) return narrow.attend(work, out, log_sum_exp);
-  wide_window_attention(work, heads, window, scale, inputs, out, log_sum_exp, factors);
+  if (narrow.suits()) return narrow.attend(work, out, log_sum_exp);
+  window_attention_in_tiles(work, heads, window, scale, inputs, out, log_sum_exp, factors);
 }
 
 }  // namespace detail
