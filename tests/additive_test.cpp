@@ -395,13 +395,21 @@ TEST(Additive, SaysWhatIsWrong) {
   EXPECT_EQ(message_of([&] {
               attention.backward(sample.inputs(), out, saved, out, {query, short_key, value}, gradients);
             }),
-            "nearfar::Additive: the gradient of key has 5 rows, but key has 6.");
+            "nearfar::Additive: grad_key has 5 rows, but key has 6.");
   EXPECT_EQ(
       message_of([&] {
         attention.backward(sample.inputs(), out, saved, out, {query, key, value}, gradients);
       }),
-      "nearfar::Additive: saved must come from forward on the same inputs, which have 6 tokens and need 1 rows of "
-      "means, but it holds 0 and 0.");
+      "nearfar::Additive: saved.query_weights is 0 x 0, but these inputs need 6 x 8: save it by a forward pass over "
+      "them.");
+  attention.forward(sample.inputs(), out, saved);
+  saved.key_means.resize(1, 19);
+  EXPECT_EQ(
+      message_of([&] {
+        attention.backward(sample.inputs(), out, saved, out, {query, key, value}, gradients);
+      }),
+      "nearfar::Additive: saved.key_means is 1 x 19, but these inputs need 1 x 20: save it by a forward pass over "
+      "them.");
   gradients.w_k.resize(4, 5);
   EXPECT_EQ(message_of([&] {
               attention.backward(sample.inputs(), out, saved, out, {query, key, value}, gradients);

@@ -437,6 +437,11 @@ TEST(Multipole, RefusesBadOptionsInOneSentence) {
   };
   EXPECT_EQ(error({.block = 64, .rank = 3}), "nearfar::Multipole: rank must divide block, but 3 does not divide 64.");
   EXPECT_EQ(error({.block = 0}), "nearfar::Multipole: block must be at least 1, but is 0.");
+  EXPECT_EQ(error({.block = std::numeric_limits<Index>::max(), .rank = 1}),
+            "nearfar::Multipole: block must be at most 576460752303423487, but is 9223372036854775807.");
+  EXPECT_EQ(error({.block = 4, .levels = 60}),
+            "nearfar::Multipole: levels must leave block * 2^(levels + 1) tokens below 2^61, but block is 4 and levels "
+            "is 60.");
   EXPECT_EQ(error({.rank = 0}), "nearfar::Multipole: rank must be at least 1, but is 0.");
   EXPECT_EQ(error({.levels = -1}), "nearfar::Multipole: levels must be 0 or more, but is -1.");
   EXPECT_EQ(error({.scale = 0.0}), "nearfar::Multipole: scale must be positive and finite, but is 0.000000.");
@@ -445,6 +450,32 @@ TEST(Multipole, RefusesBadOptionsInOneSentence) {
             "later tokens, but causal and pooled_queries are both true.");
   EXPECT_EQ(error({}, {.query = 2, .key_value = 2, .dim = 4, .value_dim = 6}),
             "nearfar::Multipole: heads.value_dim must equal heads.dim, but they are 6 and 4.");
+}
+
+TEST(Multipole, TakesBlocksOfAnyLengthThatIsNotRefused) {
+  const auto sample = random_sample<double>(small, 50, 18);
+  for (const bool causal : {false, true}) {
+    const Multipole<double> one_block(small, {.block = Index{1} << 58, .rank = 1, .causal = causal});
+    EXPECT_TRUE(
+        close(run_forward(one_block, sample), run_forward(Softmax<double>(small, {.causal = causal}), sample), 1e-12));
+  }
+}
+
+TEST(Multipole, RefusesParametersThatWereResized) {
+  const MultipoleOptions options{.block = 4, .rank = 2, .pooling = Pooling::grouped_convolution, .levels = 2};
+  const auto sample = random_sample<float>(small, 10, 17);
+  const auto error_after = [&](auto&& change) {
+    Multipole<float> attention(small, options);
+    change(attention.parameters());
+    return error_of([&] { run_forward(attention, sample); });
+  };
+  const std::string rows = std::to_string(2 * small.dim);
+  EXPECT_EQ(error_after([](auto& parameters) { parameters.value[1].weight.resize(1, 1); }),
+            "nearfar::Multipole: conv_v_w_2 must be " + rows + " x 8, but is 1 x 1.");
+  EXPECT_EQ(error_after([](auto& parameters) { parameters.key[0].bias.resize(0, 0); }),
+            "nearfar::Multipole: conv_k_b_1 must be 1 x " + rows + ", but is 0 x 0.");
+  EXPECT_EQ(error_after([](auto& parameters) { parameters.key.pop_back(); }),
+            "nearfar::Multipole: conv_k must have 2 levels, but has 1.");
 }
 
 TEST(Multipole, RefusesGradientsOfOtherParameters) {
@@ -456,12 +487,10 @@ TEST(Multipole, RefusesGradientsOfOtherParameters) {
   Multipole<float>::Saved saved;
   attention.forward(sample.inputs(), out, saved);
   MultipoleParameters<float> none;
-  EXPECT_EQ(
-      error_of([&] {
-        attention.backward(sample.inputs(), out, saved, out, {grad_query, grad_key, grad_value}, none);
-      }),
-      "nearfar::Multipole: grad_parameters must have the levels of the parameters, 2, but has 0 for keys and 0 for "
-      "values.");
+  EXPECT_EQ(error_of([&] {
+              attention.backward(sample.inputs(), out, saved, out, {grad_query, grad_key, grad_value}, none);
+            }),
+            "nearfar::Multipole: the gradient of conv_k must have 2 levels, but has 0.");
 }
 
 TEST(Multipole, RefusesMoreLevelsThanItHasParametersForBeforeItWrites) {

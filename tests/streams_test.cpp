@@ -1,3 +1,4 @@
+#include <nearfar/additive.hpp>
 #include <nearfar/banded.hpp>
 #include <nearfar/fmm.hpp>
 #include <nearfar/multipole.hpp>
@@ -129,6 +130,33 @@ TEST(Streams, AreRefusedWhereAQueryMaySeeLaterKeys) {
             "nearfar::Multipole: a stream needs causal attention, but causal is false.");
 }
 
+/// What an attention that has no streams says of tokens for one that has the state of `causal`.
+template <class A>
+std::string error_of_extending(const A& attention, const A& causal) {
+  auto state = causal.start();
+  const auto sample = random_sample<float>(heads, 3, 9);
+  Matrix<float> out(3, heads.out_cols());
+  return error_of([&] { attention.extend(state, sample.inputs(), out); });
+}
+
+TEST(Streams, AreNotExtendedByWhatHasNone) {
+  const auto without_causality = [](const std::string& name) {
+    return "nearfar::" + name + ": a stream needs causal attention, but causal is false.";
+  };
+  EXPECT_EQ(error_of_extending(Softmax<float>(heads), Softmax<float>(heads, {.causal = true})),
+            without_causality("Softmax"));
+  EXPECT_EQ(error_of_extending(Linear<float>(heads), Linear<float>(heads, {.causal = true})),
+            without_causality("Linear"));
+  EXPECT_EQ(error_of_extending(Fmm<float>(heads), Fmm<float>(heads, {.causal = true})), without_causality("Fmm"));
+  EXPECT_EQ(error_of_extending(Additive<float>(heads), Additive<float>(heads, {.causal = true})),
+            without_causality("Additive"));
+  EXPECT_EQ(error_of_extending(Multipole<float>(heads), Multipole<float>(heads, {.causal = true})),
+            without_causality("Multipole"));
+  EXPECT_EQ(error_of_extending(Banded<float>(heads, {.window = {4, 5}}), Banded<float>(heads, {.window = {4, 0}})),
+            "nearfar::Banded: a stream needs causal attention or window.right 0, but causal is false and window.right "
+            "is 5.");
+}
+
 TEST(Streams, RefuseBadArgumentsInPlainSentences) {
   const Softmax<float> softmax(heads, {.causal = true});
   const Fmm<float> fmm(heads, {.causal = true});
@@ -149,6 +177,11 @@ TEST(Streams, RefuseBadArgumentsInPlainSentences) {
   EXPECT_TRUE(error_of([&] {
                 fmm.extend(state, sample.inputs(), out);
               }).starts_with("nearfar::Fmm: this state holds " + std::to_string(state.far.sums.size()) + " sums"));
+  const Additive<float> additive(heads, {.causal = true});
+  Additive<float>::State no_pools;
+  EXPECT_TRUE(error_of([&] {
+                additive.extend(no_pools, sample.inputs(), out);
+              }).starts_with("nearfar::Additive: this state holds 0 numbers, but its heads need "));
   const Multipole<float> multipole(heads, {.block = 4, .rank = 2, .causal = true});
   auto of_other_block = Multipole<float>(heads, {.block = 2, .rank = 2, .causal = true}).start();
   of_other_block.tokens = 10;

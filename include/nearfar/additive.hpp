@@ -58,8 +58,8 @@ struct AdditiveParameters {
 /// Shapes: query and out n x D with D = heads.query * dim, key and value n x (heads.key_value * dim): values as wide as
 /// keys, as many keys as queries.
 /// Time O(n D heads), or O(n D) with per-head weights, and n D^2 for the transform. Memory beside inputs and out:
-/// O(D (heads + D)); backward of the causal form with the transform one n x D matrix more. A second call of the same
-/// shapes allocates nothing.
+/// O(D (heads + D)), and O(D) for each sequence and its every 128 tokens, though at most 64 times a sequence; backward
+/// of the causal form with the transform one n x D matrix more. A second call of the same shapes allocates nothing.
 ///
 /// The key mask takes tokens out of both softmaxes: their keys are not read, their queries and values only for their
 /// own rows of out, which follow the equation. Where no token is left (causal: none up to t) gk is zero and the value
@@ -125,7 +125,8 @@ class Additive {
                 Context& context = default_context()) const {
     detail::check_inputs<T>(name, heads_, inputs, out, detail::Lengths::equal);
     check_parameters(parameters_, "");
-    check_gradients(inputs, grad_out, grad, grad_parameters);
+    detail::check_gradients<T>(name, heads_, inputs, grad_out, grad);
+    check_parameters(grad_parameters, "the gradient of ");
     detail::Work work(context);
     const detail::AdditiveCall<T> call = prepare(inputs, work);
     check_saved(call, saved);
@@ -149,23 +150,30 @@ class Additive {
 
   /// A stream that has seen nothing. Only causal attention has one.
   State start() const {
-    detail::require(options_.causal, name, "a stream needs causal attention, but causal is false.");
+    detail::check_streams(name, options_.causal);
     const detail::PoolingShape shape{heads_.query, heads_.dim};
-    const Index size = detail::SoftmaxPool<T>::size(shape);
-    State state{std::vector<T>(static_cast<std::size_t>(2 * size))};
-    for (T* pool : {state.pools.data(), state.pools.data() + size})
+    State state{std::vector<T>(state_size())};
+    for (T* pool : {state.pools.data(), state.pools.data() + state_size() / 2})
       detail::SoftmaxPool<T>::at(pool, shape).start(shape);
     return state;
   }
 
   /// Appends tokens to a stream and writes their rows of out.
   void extend(State& state, const Inputs<T>& inputs, Tokens<T> out, Context& context = default_context()) const {
+    detail::check_streams(name, options_.causal);
     detail::check_stream_inputs<T>(name, heads_, inputs, out);
+    detail::require(state.pools.size() == state_size(), name, "this state holds ", state.pools.size(),
+                    " numbers, but its heads need ", state_size(), ": take it from start().");
     run(inputs, out, nullptr, &state, context);
   }
 
  private:
   static constexpr std::string_view name = "Additive";
+
+  // Of both poolings of a stream.
+  std::size_t state_size() const {
+    return static_cast<std::size_t>(2 * detail::SoftmaxPool<T>::size({heads_.query, heads_.dim}));
+  }
 
   void check_parameters(const Parameters& p, std::string_view of) const {
     const Index width = heads_.query_cols();
@@ -183,23 +191,13 @@ class Additive {
     check("b_t", p.b_t, options_.transform && options_.bias, 1, width);
   }
 
-  void check_gradients(const Inputs<T>& inputs, Tokens<const T> grad_out, const InputGradients<T>& grad,
-                       const Parameters& grad_parameters) const {
-    const Index n = inputs.query.rows();
-    detail::check_shape(name, "grad_out", grad_out, n, heads_.out_cols(), "query", "its heads");
-    detail::check_shape(name, "the gradient of query", grad.query, n, heads_.query_cols(), "query", "its heads");
-    detail::check_shape(name, "the gradient of key", grad.key, n, heads_.key_cols(), "key", "its heads");
-    detail::check_shape(name, "the gradient of value", grad.value, n, heads_.value_cols(), "key", "its heads");
-    check_parameters(grad_parameters, "the gradient of ");
-  }
-
   void check_saved(const detail::AdditiveCall<T>& call, const Saved& saved) const {
-    const Index n = call.inputs.query.rows();
-    const Index means = saved_means(call);
-    detail::require(saved.query_weights.rows() == n && saved.query_means.rows() == means, name,
-                    "saved must come from forward on the same inputs, which have ", n, " tokens and need ", means,
-                    " rows of means, but it holds ", saved.query_weights.rows(), " and ", saved.query_means.rows(),
-                    ".");
+    const Index n = call.inputs.query.rows(), padded = call.query_shape().padded();
+    const Index means = saved_means(call), width = heads_.query_cols();
+    detail::check_saved(name, "query_weights", saved.query_weights, n, padded);
+    detail::check_saved(name, "key_weights", saved.key_weights, n, padded);
+    detail::check_saved(name, "query_means", saved.query_means, means, width);
+    detail::check_saved(name, "key_means", saved.key_means, means, width);
   }
 
   Index saved_means(const detail::AdditiveCall<T>& call) const {

@@ -77,12 +77,21 @@ class Work {
  public:
   explicit Work(Context& context) : lock_(context.mutex_), context_(context), scope_(context.shared_) {}
 
+  /// Gives back, at the end of a scope, what was taken within it.
+  class Scope {
+   public:
+    explicit Scope(Work& work) : scope_(work.context_.shared_) {}
+
+   private:
+    Scratch::Scope scope_;
+  };
+
   int threads() const { return context_.crew_.size(); }
 
   /// The task that a thread likely takes after this one: the others take those between.
   Index likely_next(Index task) const { return task + threads(); }
 
-  /// Memory that all tasks may read, given back when the call ends.
+  /// Memory that all tasks may read, given back when the scope or else the call ends.
   template <class T>
   T* take(Index count) {
     return context_.shared_.take<T>(count);

@@ -163,13 +163,14 @@ class Fmm {
 
   /// A stream that has seen nothing. The attention must be causal and normalised by row_sum. `room` as in Banded.
   State start(Index room = 0) const {
-    detail::check_linear_stream(name, linear_options(options_));
+    detail::check_linear_stream(name, options_.causal, options_.normalizer);
     return {detail::start_window<T>(name, heads_, detail::tokens_back(window()), room), far_.start()};
   }
 
   /// Appends tokens, with as many queries as keys, to a stream and writes their rows of out. The blend weights may
   /// change between calls. O(window) memory in the tokens seen.
   void extend(State& state, const Inputs<T>& inputs, Tokens<T> out, Context& context = default_context()) const {
+    detail::check_linear_stream(name, options_.causal, options_.normalizer);
     detail::check_stream_inputs<T>(name, heads_, inputs, out);
     detail::check_cache(name, heads_, state.near);
     far_.check_state(name, state.far);

@@ -53,9 +53,9 @@ inline void check_linear(std::string_view mechanism, std::span<const AnyFeatureM
   require(eps >= 0 && std::isfinite(eps), mechanism, "eps must be finite and 0 or more, but is ", eps, ".");
 }
 
-inline void check_linear_stream(std::string_view mechanism, const LinearOptions& options) {
-  require(options.causal, mechanism, "a stream needs causal attention, but causal is false.");
-  require(options.normalizer == Normalizer::row_sum, mechanism,
+inline void check_linear_stream(std::string_view mechanism, bool causal, Normalizer normalizer) {
+  check_streams(mechanism, causal);
+  require(normalizer == Normalizer::row_sum, mechanism,
           "a stream needs normalizer row_sum, but normalizer is sqrt_length.");
 }
 
@@ -114,13 +114,14 @@ class Linear {
   /// A stream that has seen nothing. The attention must be causal and normalised by row_sum: sqrt_length would change
   /// for the tokens that are done with every token that comes.
   State start() const {
-    detail::check_linear_stream("Linear", options_);
+    detail::check_linear_stream("Linear", options_.causal, options_.normalizer);
     return {std::vector<T>(state_size(), T(0)), false};
   }
 
   /// Appends tokens, with as many queries as keys, to a stream and writes their rows of out. O(1) memory in the tokens
   /// seen.
   void extend(State& state, const Inputs<T>& inputs, Tokens<T> out, Context& context = default_context()) const {
+    detail::check_linear_stream("Linear", options_.causal, options_.normalizer);
     detail::check_stream_inputs<T>("Linear", heads_, inputs, out);
     check_state("Linear", state);
     detail::Work work(context);

@@ -82,12 +82,12 @@ struct MultipoleParameters {
 /// Time: 4 n (3 block + 3 rank L) dim flops a head, so n log n; with pooled queries 4 n (3 block + O(rank^2 / block))
 /// dim, linear in n. Learned pooling adds 4 n rank dim flops a key/value head, once a level for the grouped form. The
 /// backward pass takes 2.5 times as much.
-/// Memory beside inputs and out: O(n rank / block) pooled rows of each head; backward O(n) rows. A second call of the
-/// same shapes allocates nothing.
-/// Streams (causal) remember near keys and values of at most two blocks, and at most 4 rank pooled rows a level: which
-/// groups a query sees, and what they hold, is in its place alone.
-/// Masked keys enter no near field, mean, mass or convolution, and sub-blocks (groups, where pooling is learned)
-/// without a token are skipped. A query that sees no key gets a zero row and log-sum-exp -infinity.
+/// Memory beside inputs and out, for the longest sequence: O(n rank / block) pooled rows of each head, and a copy of
+/// the learned pooling's weights; backward O(n) rows. A second call of the same shapes allocates nothing. Streams
+/// (causal) remember near keys and values of at most two blocks, and at most 4 rank pooled rows a level: which groups a
+/// query sees, and what they hold, is in its place alone. Masked keys enter no near field, mean, mass or convolution,
+/// and sub-blocks (groups, where pooling is learned) without a token are skipped. A query that sees no key gets a zero
+/// row and log-sum-exp -infinity.
 ///
 /// Source: Kang, Tran and De Sterck, Fast Multipole Attention, arXiv 2310.11960, and its authors' code, whose
 /// scale_attn is the mass; upward pass, interaction list and downward pass are those of Greengard and Rokhlin, A Fast
@@ -116,7 +116,12 @@ class Multipole {
     detail::require(options.rank >= 1, name, "rank must be at least 1, but is ", options.rank, ".");
     detail::require(options.block % options.rank == 0, name, "rank must divide block, but ", options.rank,
                     " does not divide ", options.block, ".");
+    detail::require(options.block <= most_tokens / 4, name, "block must be at most ", most_tokens / 4, ", but is ",
+                    options.block, ".");
     detail::require(options.levels >= 0, name, "levels must be 0 or more, but is ", options.levels, ".");
+    detail::require(options.levels < 62 && options.block <= most_tokens >> (options.levels + 1), name,
+                    "levels must leave block * 2^(levels + 1) tokens below 2^61, but block is ", options.block,
+                    " and levels is ", options.levels, ".");
     detail::require(!(options.causal && options.pooled_queries), name,
                     "pooled_queries cannot be causal, because the mean of a sub-block's queries depends on later "
                     "tokens, but causal and pooled_queries are both true.");
@@ -149,12 +154,13 @@ class Multipole {
     check(inputs, out);
     detail::check_gradients<T>(name, heads_, inputs, grad_out, grad_inputs);
     detail::check_saved(name, "log_sum_exp", saved.log_sum_exp, heads_.query, inputs.query.rows());
-    check_parameters(grad_parameters);
+    check_parameters(grad_parameters, "the gradient of ");
     detail::Work work(context);
     const Index stride = inputs.query.rows();
     T* delta = work.take<T>(heads_.query * stride);
     detail::softmax_delta(work, heads_, out, grad_out, delta);
     for (Index b = 0; b < sequence_count(inputs); ++b) {
+      const detail::Work::Scope scope(work);
       const Sequence rows = sequence(inputs, b);
       if (rows.query_count == 0) continue;
       const auto part = [&](const auto& tokens) { return tokens.middle_rows(rows.query_begin, rows.query_count); };
@@ -166,7 +172,7 @@ class Multipole {
 
   /// A stream that has seen nothing, with room for `room` tokens as in Softmax. The attention must be causal.
   State start(Index room = 0) const {
-    detail::require(options_.causal, name, "a stream needs causal attention, but causal is false.");
+    detail::check_streams(name, options_.causal);
     State state{detail::start_window<T>(name, heads_, 2 * options_.block, room), {}, {}, {}, {}};
     state.make_room(heads_, stream_tree(0, room / options_.block).levels(), options_.rank);
     return state;
@@ -176,7 +182,9 @@ class Multipole {
   /// change meanwhile. Takes as long as forward for these queries; for one O((block + rank log n) dim) a head, and each
   /// block-th token pools a block: O(block dim), or O(block rank log n dim) for the authors' learned pooling.
   void extend(State& state, const Inputs<T>& inputs, Tokens<T> out, Context& context = default_context()) const {
+    detail::check_streams(name, options_.causal);
     detail::check_stream_inputs<T>(name, heads_, inputs, out);
+    check_parameters(parameters_, "");
     detail::check_state(name, heads_, stream_tree(state.tokens / options_.block, state.tokens / options_.block), state);
     check_levels(state.tokens + inputs.query.rows());
     detail::Work work(context);
@@ -187,6 +195,7 @@ class Multipole {
 
  private:
   static constexpr const char* name = "Multipole";
+  static constexpr Index most_tokens = Window::unlimited;  // about 2^61
 
   // Rows of one head lie far apart and crowd into few sets of the second-level cache: a small tile stays there beside
   // the next head's. From memory, keys that two tiles read are better read once.
@@ -194,6 +203,7 @@ class Multipole {
 
   void check(const Inputs<T>& inputs, Tokens<const T> out) const {
     detail::check_inputs<T>(name, heads_, inputs, out, detail::Lengths::equal);
+    check_parameters(parameters_, "");
     for (Index b = 0; b < sequence_count(inputs); ++b) check_levels(sequence(inputs, b).key_count);
   }
 
@@ -204,23 +214,27 @@ class Multipole {
                     levels, " levels, but options.levels is ", options_.levels, ".");
   }
 
-  void check_parameters(const Parameters& grad_parameters) const {
-    detail::require(grad_parameters.key.size() == parameters_.key.size() &&
-                        grad_parameters.value.size() == parameters_.value.size(),
-                    name, "grad_parameters must have the levels of the parameters, ", parameters_.key.size(),
-                    ", but has ", grad_parameters.key.size(), " for keys and ", grad_parameters.value.size(),
-                    " for values.");
+  void check_parameters(const Parameters& p, std::string_view of) const {
+    const Index levels = options_.pooling == Pooling::average ? 0 : options_.levels;
+    const Index rows = heads_.dim * options_.rank;
+    const auto cols = [&](Index l) { return window(l); };
+    detail::check_convolutions<T>(name, of, "conv_k", p.key, levels, rows, cols);
+    detail::check_convolutions<T>(name, of, "conv_v", p.value, levels, rows, cols);
   }
 
   detail::Hierarchy tree(Index tokens) const { return {tokens, options_.block, options_.rank}; }
   T scale() const { return static_cast<T>(detail::scale_or_default(options_.scale, heads_)); }
 
+  // How many children a group of level l pools by learned weights.
+  Index window(Index l) const {
+    const bool of_tokens = l == 1 || options_.pooling == Pooling::grouped_convolution;
+    return of_tokens ? options_.block << (l - 1) : 2 * options_.rank;
+  }
+
   PoolingConvolution<T> averaging_convolution(Index l) const {
     const Index rank = options_.rank;
-    const bool of_tokens = l == 1 || options_.pooling == Pooling::grouped_convolution;
-    const Index window = of_tokens ? options_.block << (l - 1) : 2 * rank;
-    const Index share = window / rank;
-    PoolingConvolution<T> level{Matrix<T>::Zero(heads_.dim * rank, window), Matrix<T>::Zero(1, heads_.dim * rank)};
+    const Index share = window(l) / rank;
+    PoolingConvolution<T> level{Matrix<T>::Zero(heads_.dim * rank, window(l)), Matrix<T>::Zero(1, heads_.dim * rank)};
     for (Index row = 0; row < level.weight.rows(); ++row) {
       std::fill_n(&level.weight(row, row % rank * share), share, T(1) / static_cast<T>(share));
     }
@@ -234,6 +248,7 @@ class Multipole {
   void attend(const Inputs<T>& inputs, Tokens<T> out, double* log_sum_exp, Context& context) const {
     detail::Work work(context);
     for (Index b = 0; b < sequence_count(inputs); ++b) {
+      const detail::Work::Scope scope(work);
       const Sequence rows = sequence(inputs, b);
       attend_sequence(work, detail::middle_tokens(inputs, rows.query_begin, rows.query_count),
                       out.middle_rows(rows.query_begin, rows.query_count),

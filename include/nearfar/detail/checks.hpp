@@ -148,6 +148,11 @@ void check_inputs(std::string_view mechanism, const Heads& heads, const Inputs<S
   }
 }
 
+/// Only what is causal has a stream.
+inline void check_streams(std::string_view mechanism, bool causal) {
+  require(causal, mechanism, "a stream needs causal attention, but causal is false.");
+}
+
 /// Tokens to append to a stream.
 template <class Scalar>
 void check_stream_inputs(std::string_view mechanism, const Heads& heads, const Inputs<Scalar>& inputs,

@@ -1,8 +1,11 @@
 #pragma once
 
+#include <nearfar/detail/checks.hpp>
+#include <nearfar/detail/function_ref.hpp>
 #include <nearfar/detail/transpose.hpp>
 #include <nearfar/engine/pooling.hpp>
 
+#include <string_view>
 #include <vector>
 
 namespace nearfar {
@@ -22,6 +25,25 @@ struct PoolingConvolution {
 };
 
 namespace detail {
+
+/// That the convolutions conv_k or conv_v, or `of` them, have the shapes that they need: `rows` rows at each of
+/// `levels` levels, and window(l) columns.
+template <class T>
+void check_convolutions(std::string_view mechanism, std::string_view of, std::string_view which,
+                        const std::vector<PoolingConvolution<T>>& convolutions, Index levels, Index rows,
+                        FunctionRef<Index(Index)> window) {
+  const Index count = static_cast<Index>(convolutions.size());
+  require(count == levels, mechanism, of, which, " must have ", levels, " levels, but has ", count, ".");
+  const auto check = [&](std::string_view part, Index l, const Matrix<T>& m, Index m_rows, Index m_cols) {
+    require(m.rows() == m_rows && m.cols() == m_cols, mechanism, of, which, part, l, " must be ", m_rows, " x ", m_cols,
+            ", but is ", m.rows(), " x ", m.cols(), ".");
+  };
+  for (Index l = 1; l <= levels; ++l) {
+    const PoolingConvolution<T>& level = convolutions[static_cast<std::size_t>(l - 1)];
+    check("_w_", l, level.weight, rows, window(l));
+    check("_b_", l, level.bias, 1, rows);
+  }
+}
 
 /// What the groups of one level pool. Of the children those in `all` are at hand; the others of a group, before them,
 /// have been pooled already.

@@ -61,19 +61,14 @@ class WindowMechanism {
   /// Room for `room` tokens, or for all that a window needs where that is less, is made now, and extending by single
   /// tokens within it allocates nothing. Otherwise it grows by doubling.
   State start(Index room = 0) const {
-    if constexpr (requires { options_.window; }) {
-      require(window_.right == 0, name_,
-              "a stream needs causal attention or window.right 0, but causal is false and window.right is ",
-              window_.right, ".");
-    } else {
-      require(options_.causal, name_, "a stream needs causal attention, but causal is false.");
-    }
+    check_streams();
     return start_window<T>(name_, heads_, tokens_back(window_), room);
   }
 
   /// Appends tokens, with as many queries as keys, to a stream and writes their rows of out. Costs what forward costs
   /// for these queries, and a copy of their keys and values.
   void extend(State& state, const Inputs<T>& inputs, Tokens<T> out, Context& context = default_context()) const {
+    check_streams();
     check_stream_inputs<T>(name_, heads_, inputs, out);
     check_cache(name_, heads_, state);
     extend_window(state, tokens_back(window_), inputs, out,
@@ -89,6 +84,16 @@ class WindowMechanism {
   }
 
  private:
+  void check_streams() const {
+    if constexpr (requires { options_.window; }) {
+      require(window_.right == 0, name_,
+              "a stream needs causal attention or window.right 0, but causal is false and window.right is ",
+              window_.right, ".");
+    } else {
+      detail::check_streams(name_, options_.causal);
+    }
+  }
+
   void differentiate(const Inputs<T>& inputs, Tokens<const T> out, const Saved& saved, Tokens<const T> grad_out,
                      Tokens<const double> grad_log_sum_exp, const InputGradients<T>& grad_inputs,
                      Context& context) const {
