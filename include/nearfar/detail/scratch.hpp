@@ -62,7 +62,9 @@ class Scratch {
   }
 
  private:
+  // What a block has at least, and what it may have beyond the need.
   static constexpr std::size_t smallest_block = std::size_t{1} << 16;
+  static constexpr std::size_t largest_reserve = std::size_t{1} << 20;
 
   struct Block {
     explicit Block(std::size_t bytes)
@@ -85,7 +87,7 @@ class Scratch {
       used_ = 0;
     }
     if (block_ == blocks_.size()) {
-      blocks_.emplace_back(std::max(bytes, blocks_.empty() ? smallest_block : 2 * blocks_.back().size));
+      blocks_.emplace_back(std::max(bytes, std::clamp(this->bytes(), smallest_block, largest_reserve)));
     }
     std::byte* start = blocks_[block_].data + used_;
     used_ += bytes;

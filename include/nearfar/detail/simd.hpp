@@ -8,7 +8,7 @@
 #include <numeric>
 #include <utility>
 
-// And what stands beside the loops that take the time is compiled once, not wherever it is called.
+// Loops that take the time are compiled wherever they are called; what stands beside them, once.
 #if defined(_MSC_VER) && !defined(__clang__)
 #define NEARFAR_INLINE __forceinline
 #define NEARFAR_NO_INLINE __declspec(noinline)

@@ -131,26 +131,29 @@ void additive_global(const AdditiveCall<T>& call, const AdditiveOut<T>& out) {
 }
 
 /// The gradient of pool_sequences: grad_rows = start (zero where it has no rows) + what reaches the rows through the
-/// means and the scores. parts gets the gradient of each stretch's weights.
-template <class T, class WeightsOf>
+/// means and the scores. take(group, s, grad_weights) gets the gradient of the weights of each stretch s; those of a
+/// group come one after another.
+template <class T, class WeightsOf, class Take>
 void pool_sequences_backward(const AdditiveCall<T>& call, const PoolingShape& shape, Tokens<const T> rows,
                              WeightsOf&& weights_of, const Matrix<T>& token_weights, const Matrix<T>& means,
-                             const T* grad_means, Tokens<const T> start, Tokens<T> grad_rows, T* parts) {
+                             const T* grad_means, Tokens<const T> start, Tokens<T> grad_rows, Take&& take) {
+  const Stretches& stretches = call.stretches;
   const Index size = shape.padded() * shape.cols();
-  call.work.for_each(call.stretches.count(), [&](Index s, Scratch& scratch) {
-    const Stretch& stretch = call.stretches[s];
+  const auto differentiate = [&](Index group, Index s, Index then, Scratch& scratch) {
+    const Scratch::Scope scope(scratch);
+    const Stretch& stretch = stretches[s];
     const T* const grad_mean = grad_means + stretch.sequence * shape.width();
     const T* const weights = weights_of(stretch.sequence, scratch);
     T* const center = scratch.take<T>(shape.padded());
     // The means stand head by head, as one row of as many heads of their own.
     dot_heads(PoolingShape{shape.heads, shape.dim}, means.row(stretch.sequence).data(), grad_mean, center);
-    std::fill_n(parts + s * size, size, T(0));
+    T* const grad_weights = scratch.take<T>(size);
+    std::fill_n(grad_weights, size, T(0));
     for_each_run(
         stretch.first, stretch.end(), [&](Index token) { return call.sees(token); },
         [&](Index first, Index count) {
-          const Index then = first + count < stretch.end() ? first + count : call.after(s).first;
-          pool_backward(shape, weights, rows, first, count, then, token_weights, center, grad_mean, start, grad_rows,
-                        parts + s * size, scratch);
+          pool_backward(shape, weights, rows, first, count, first + count < stretch.end() ? first + count : then,
+                        token_weights, center, grad_mean, start, grad_rows, grad_weights, scratch);
         },
         [&](Index token) {
           if (start.data() == nullptr) {
@@ -159,46 +162,35 @@ void pool_sequences_backward(const AdditiveCall<T>& call, const PoolingShape& sh
             std::copy_n(start.row(token), shape.cols(), grad_rows.row(token));
           }
         });
+    take(group, s, grad_weights);
+  };
+  call.work.for_each(stretches.groups(), [&](Index group, Scratch& scratch) {
+    const Range own = stretches.group(group);
+    const Index next = call.work.likely_next(group);
+    const Index after = next < stretches.groups() ? stretches[stretches.group(next).first].first : 0;
+    for (Index s = own.first; s < own.end; ++s) {
+      differentiate(group, s, s + 1 < own.end ? stretches[s + 1].first : after, scratch);
+    }
   });
 }
 
-/// The gradient of fold_global_query, from that of the folded weights: adds to grad_global_queries, and writes that of
-/// w_k. `parts` is used up.
+/// The gradient of fold_global_query, from that of the folded weights: writes that of the global query, and adds to
+/// that of w_k (padded heads x width).
 template <class T>
-void fold_backward(const AdditiveCall<T>& call, const Matrix<T>& global_queries, T* parts, T* grad_global_queries,
-                   Tokens<T> grad_w_k) {
+void fold_backward(const AdditiveCall<T>& call, const T* global_query, const T* grad_folded, T* grad_global_query,
+                   T* grad_w_k) {
   const PoolingShape shape = call.key_shape();
   const Index width = call.width();
-  const Index size = shape.padded() * shape.cols();
-  // The sum of a sequence's parts takes the place of the first.
-  const auto sum_of = [&](Index b) { return parts + call.stretches.of(b).first * size; };
-  call.work.for_each(call.stretches.sequences(), [&](Index b, Scratch&) {
-    const Range stretches = call.stretches.of(b);
-    if (stretches.count() == 0) return;
-    T* const sum = sum_of(b);
-    for (Index s = stretches.first + 1; s < stretches.end; ++s) {
-      for (Index i = 0; i < size; ++i) sum[i] += parts[s * size + i];
-    }
-    T* const grad = grad_global_queries + b * width;
-    for (Index row = 0; row < shape.heads; ++row) {
-      for (Index h = 0; h < shape.heads; ++h) {
-        const T* const folded = sum + row * shape.cols() + shape.column(h);
-        const Index at = h * shape.dim;
-        for (Index c = 0; c < shape.dim; ++c) grad[at + c] += call.w_k[row * width + at + c] * folded[c];
+  std::fill_n(grad_global_query, width, T(0));
+  for (Index row = 0; row < shape.heads; ++row) {
+    for (Index h = 0; h < shape.heads; ++h) {
+      const T* const grad = grad_folded + row * shape.cols() + shape.column(h);
+      for (Index c = 0, at = h * shape.dim; c < shape.dim; ++c, ++at) {
+        grad_global_query[at] += call.w_k[row * width + at] * grad[c];
+        grad_w_k[row * width + at] += global_query[at] * grad[c];
       }
     }
-  });
-  call.work.for_each(shape.heads, [&](Index row, Scratch&) {
-    std::fill_n(grad_w_k.row(row), width, T(0));
-    for (Index b = 0; b < call.stretches.sequences(); ++b) {
-      if (call.stretches.of(b).count() == 0) continue;
-      for (Index h = 0; h < shape.heads; ++h) {
-        const T* const folded = sum_of(b) + row * shape.cols() + shape.column(h);
-        const Index at = h * shape.dim;
-        for (Index c = 0; c < shape.dim; ++c) grad_w_k(row, at + c) += folded[c] * global_queries(b, at + c);
-      }
-    }
-  });
+  }
 }
 
 template <class T>
@@ -211,7 +203,8 @@ void additive_global_backward(const AdditiveCall<T>& call, const AdditiveGradien
   T* const parts = work.take<T>(stretches.count() * width);
   T* const grad_mean_keys = work.take<T>(stretches.sequences() * width);
   T* const grad_global_queries = work.take<T>(stretches.sequences() * width);
-  T* const weight_parts = work.take<T>(stretches.count() * call.query_shape().padded() * width);
+  const Index weights = call.query_shape().padded() * width;
+  T* const weight_parts = work.take<T>(stretches.groups() * weights);
   for (Index b = 0; b < stretches.sequences(); ++b) {
     for (Index c = 0; c < width; ++c) global_keys[b * width + c] = saved.query_means(b, c) * saved.key_means(b, c);
   }
@@ -243,25 +236,41 @@ void additive_global_backward(const AdditiveCall<T>& call, const AdditiveGradien
     });
   }
 
+  const auto sum_of_parts = [&](Index b, Index c) {
+    T sum = T(0);
+    for (Index s = stretches.of(b).first; s < stretches.of(b).end; ++s) sum += parts[s * width + c];
+    return sum;
+  };
   // gk = gq * mean_key.
   for (Index b = 0; b < stretches.sequences(); ++b) {
     for (Index c = 0; c < width; ++c) {
-      T sum = T(0);
-      for (Index s = stretches.of(b).first; s < stretches.of(b).end; ++s) sum += parts[s * width + c];
+      const T sum = sum_of_parts(b, c);
       grad_global_queries[b * width + c] = sum * saved.key_means(b, c);
       grad_mean_keys[b * width + c] = sum * saved.query_means(b, c);
     }
   }
+  std::fill_n(weight_parts, stretches.groups() * weights, T(0));
   pool_sequences_backward(
       call, call.key_shape(), call.inputs.key,
       [&](Index b, Scratch& scratch) { return fold_global_query(call, saved.query_means.row(b).data(), scratch); },
-      saved.key_weights, saved.key_means, grad_mean_keys, {}, grad.inputs.key, weight_parts);
-  fold_backward(call, saved.query_means, weight_parts, grad_global_queries, grad.w_k);
+      saved.key_weights, saved.key_means, grad_mean_keys, {}, grad.inputs.key,
+      [&](Index group, Index s, const T* grad_folded) {
+        fold_backward(call, saved.query_means.row(stretches[s].sequence).data(), grad_folded, parts + s * width,
+                      weight_parts + group * weights);
+      });
+  sum_weight_gradients(call, weight_parts, stretches.groups(), grad.w_k);
+  for (Index b = 0; b < stretches.sequences(); ++b) {
+    for (Index c = 0; c < width; ++c) grad_global_queries[b * width + c] += sum_of_parts(b, c);
+  }
+  std::fill_n(weight_parts, stretches.groups() * weights, T(0));
   pool_sequences_backward(
       call, call.query_shape(), call.inputs.query, [&](Index, Scratch&) { return call.w_q; }, saved.query_weights,
       saved.query_means, grad_global_queries, call.add_query ? grad.out : Tokens<const T>{}, grad.inputs.query,
-      weight_parts);
-  sum_weight_gradients(call, weight_parts, stretches.count(), grad.w_q);
+      [&](Index group, Index, const T* grad_weights) {
+        T* const part = weight_parts + group * weights;
+        for (Index i = 0; i < weights; ++i) part[i] += grad_weights[i];
+      });
+  sum_weight_gradients(call, weight_parts, stretches.groups(), grad.w_q);
 }
 
 }  // namespace detail

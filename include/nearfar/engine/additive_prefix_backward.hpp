@@ -293,11 +293,9 @@ void additive_prefix_backward(const AdditiveCall<T>& call, const AdditiveGradien
 
   const HandedOn<T> to_keys(call);
   const HandedOn<T> to_queries(call);
-  const Turns sums(call.work, stretches, Turns::last_first);
-  T* const sum_w_q = call.work.template take<T>(stretches.sequences() * weights);
-  T* const sum_w_k = call.work.template take<T>(stretches.sequences() * weights);
-  std::fill_n(sum_w_q, stretches.sequences() * weights, T(0));
-  std::fill_n(sum_w_k, stretches.sequences() * weights, T(0));
+  const Turns sums(call.work, stretches, Turns::last_of_batch_first);
+  grad.w_q.matrix().setZero();
+  grad.w_k.matrix().setZero();
   call.work.for_each(stretches.count(), [&](Index index, Scratch& scratch) {
     const Index s = stretches.count() - 1 - index;
     const auto key_promise = to_keys.promise(s);
@@ -330,13 +328,15 @@ void additive_prefix_backward(const AdditiveCall<T>& call, const AdditiveGradien
     to_queries.take(s, own_queries, after);
     stretch.queries(after, grad_w_q);
     sums.take(s, [&] {
-      const Index at = stretches[s].sequence * weights;
-      for (Index i = 0; i < weights; ++i) sum_w_q[at + i] += grad_w_q[i];
-      for (Index i = 0; i < weights; ++i) sum_w_k[at + i] += grad_w_k[i];
+      const auto add = [&](const T* own, Tokens<T> sum) {
+        for (Index h = 0; h < sum.rows(); ++h) {
+          for (Index c = 0; c < width; ++c) sum(h, c) += own[h * width + c];
+        }
+      };
+      add(grad_w_q, grad.w_q);
+      add(grad_w_k, grad.w_k);
     });
   });
-  sum_weight_gradients(call, sum_w_q, stretches.sequences(), grad.w_q);
-  sum_weight_gradients(call, sum_w_k, stretches.sequences(), grad.w_k);
 }
 
 }  // namespace detail

@@ -50,27 +50,31 @@ class Stretches {
   /// The stretches of sequence b.
   Range of(Index b) const { return {begin_[b], begin_[b + 1]}; }
 
+  /// Groups of neighbours, for sums over all tokens of which each group keeps a part: few, whatever the batch.
+  Index groups() const { return std::min<Index>(count(), 64); }
+  Range group(Index g) const { return {count() * g / groups(), count() * (g + 1) / groups()}; }
+
  private:
   Index sequences_;
   Index* begin_;
   Stretch* stretches_;
 };
 
-/// The stretches of each sequence take turns in their order, or in the reverse, while the rest of what their tasks do
-/// runs side by side. Tasks must be started in that order: then some task can always go on.
+/// The stretches of each sequence, or of the whole batch, take turns in their order, or in the reverse, while the rest
+/// of what their tasks do runs side by side. Tasks must be started in that order: then some task can always go on.
 class Turns {
  public:
-  enum Order { first_first, last_first };
+  enum Order { first_first, last_first, last_of_batch_first };
 
   Turns(Work& work, const Stretches& stretches, Order order = first_first)
       : stretches_(stretches), order_(order), passed_(work.take<Index>(stretches.sequences())) {
     std::fill_n(passed_, stretches.sequences(), Index{0});
   }
 
-  /// Calls body() when all stretches before s (in the reverse order: behind s) in its sequence have had their turn.
+  /// Calls body() when all stretches before s (in the reverse order: behind s) have had their turn.
   template <class Body>
   void take(Index s, Body&& body) const {
-    std::atomic_ref<Index> passed(passed_[stretches_[s].sequence]);
+    const std::atomic_ref<Index> passed = this->passed(s);
     for (Index now; (now = passed.load(std::memory_order_acquire)) != place(s);) {
       passed.wait(now, std::memory_order_acquire);
     }
@@ -84,8 +88,7 @@ class Turns {
    public:
     Promise(const Turns& turns, Index s) : turns_(turns), s_(s) {}
     ~Promise() {
-      const std::atomic_ref<Index> passed(turns_.passed_[turns_.stretches_[s_].sequence]);
-      if (passed.load(std::memory_order_relaxed) <= turns_.place(s_)) turns_.take(s_, [] {});
+      if (turns_.passed(s_).load(std::memory_order_relaxed) <= turns_.place(s_)) turns_.take(s_, [] {});
     }
     Promise(const Promise&) = delete;
     Promise& operator=(const Promise&) = delete;
@@ -96,8 +99,14 @@ class Turns {
   };
 
  private:
+  /// How many turns have passed of those among which is that of stretch s.
+  std::atomic_ref<Index> passed(Index s) const {
+    return std::atomic_ref<Index>(passed_[order_ == last_of_batch_first ? 0 : stretches_[s].sequence]);
+  }
+
   /// How many turns come before that of stretch s.
   Index place(Index s) const {
+    if (order_ == last_of_batch_first) return stretches_.count() - 1 - s;
     const Range all = stretches_.of(stretches_[s].sequence);
     return order_ == first_first ? s - all.first : all.end - 1 - s;
   }

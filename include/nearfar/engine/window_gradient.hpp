@@ -34,8 +34,8 @@ void softmax_delta(Work& work, const Heads& heads, Tokens<const Scalar> out, Tok
 ///
 /// A task is one key/value head of one segment of the keys of a sequence: it alone writes their gradients, and walks
 /// over the queries that see them. Where a sequence has several segments, the gradients of its queries are summed over
-/// them in order, from one n_q x (heads.query * dim) array a further segment. How many there are depends on the shapes
-/// alone. Work 2.5 times the forward pass.
+/// them in order, each further segment having rows of its own for the queries that see it. How many there are depends
+/// on the shapes alone. Work 2.5 times the forward pass.
 template <class Scalar>
 void wide_window_gradient(Work& work, const Heads& heads, Window window, double scale, const Inputs<Scalar>& inputs,
                           const double* log_sum_exp, Tokens<const Scalar> grad_out, const Accumulator<Scalar>* delta,
@@ -53,7 +53,6 @@ void wide_window_gradient(Work& work, const Heads& heads, Window window, double 
   if (sequences == 0) return;
   const Index segments = std::clamp<Index>(inputs.key.rows() / (sequences * shortest_segment), 1,
                                            std::max<Index>(enough_tasks / (sequences * heads.key_value), 1));
-  T* partial = work.take<T>((segments - 1) * queries * heads.query_cols());
 
   // The keys [first, end) of segment s of a sequence, and the queries that see one of them.
   const auto segment = [&](const Sequence& rows, Index s) {
@@ -64,16 +63,33 @@ void wide_window_gradient(Work& work, const Heads& heads, Window window, double 
     return Range{std::clamp<Index>(band.seeing(keys.first).first, 0, rows.query_count),
                  std::clamp<Index>(band.seeing(keys.end - 1).end, 0, rows.query_count)};
   };
-  const auto grad_query = [&](Index s) {
-    if (s == 0) return gradients.query;
-    return Tokens<Scalar>(partial + (s - 1) * queries * heads.query_cols(), queries, heads.query_cols(),
-                          heads.query_cols());
+  // Where the rows of each segment of each sequence begin.
+  Index* const first_row = work.take<Index>(sequences * segments);
+  Index partial_rows = 0;
+  for (Index b = 0; b < sequences; ++b) {
+    const Sequence rows = sequence(inputs, b);
+    const Band band(window, rows.query_count, rows.key_count);
+    for (Index s = 1; s < segments; ++s) {
+      first_row[b * segments + s] = partial_rows;
+      partial_rows += seeing(rows, band, segment(rows, s)).count();
+    }
+  }
+  Scalar* const partial = work.take<Scalar>(partial_rows * heads.query_cols());
+  // Of the queries that see segment s of sequence b.
+  const auto grad_query = [&](Index b, Index s, Range queries_seeing) {
+    if (s == 0) {
+      return gradients.query.middle_rows(sequence(inputs, b).query_begin + queries_seeing.first,
+                                         queries_seeing.count());
+    }
+    return Tokens<Scalar>(partial + first_row[b * segments + s] * heads.query_cols(), queries_seeing.count(),
+                          heads.query_cols(), heads.query_cols());
   };
 
   work.for_each(sequences * segments * heads.key_value, [&](Index task, Scratch& scratch) {
     const Index key_head = task % heads.key_value;
     const Index s = task / heads.key_value % segments;
-    const Sequence rows = sequence(inputs, task / heads.key_value / segments);
+    const Index b = task / heads.key_value / segments;
+    const Sequence rows = sequence(inputs, b);
     const Band band(window, rows.query_count, rows.key_count);
     const std::uint8_t* mask = key_mask(inputs, rows);
     const Range own = segment(rows, s);
@@ -92,10 +108,11 @@ void wide_window_gradient(Work& work, const Heads& heads, Window window, double 
     const auto grad_value_row = [&](Index j) { return grad_value.row(keys.position(j)); };
     FreshGradients<Scalar> fresh(grad_key, grad_value, own);
     for (Index h = key_head * heads.group(); h < (key_head + 1) * heads.group(); ++h) {
-      const Tokens to = grad_query(s).middle_rows(rows.query_begin, rows.query_count).middle_cols(h * dim, dim);
+      const Tokens to = grad_query(b, s, queries_seeing).middle_cols(h * dim, dim);
       if (s == 0) {
-        to.middle_rows(0, queries_seeing.first).matrix().setZero();
-        to.middle_rows(queries_seeing.end, rows.query_count - queries_seeing.end).matrix().setZero();
+        const Tokens all = gradients.query.middle_rows(rows.query_begin, rows.query_count).middle_cols(h * dim, dim);
+        all.middle_rows(0, queries_seeing.first).matrix().setZero();
+        all.middle_rows(queries_seeing.end, rows.query_count - queries_seeing.end).matrix().setZero();
       }
       for (Index i = queries_seeing.first; i < queries_seeing.end; i += capacity) {
         const Index count = std::min(capacity, queries_seeing.end - i);
@@ -120,7 +137,7 @@ void wide_window_gradient(Work& work, const Heads& heads, Window window, double 
           announce_keys(j, end);
           const Index next = i + count;
           const Index queries_ahead = std::min(capacity, queries_seeing.end - next);
-          if (j == end) ahead.add(to.middle_rows(i, count));
+          if (j == end) ahead.add(to.middle_rows(i - queries_seeing.first, count));
           if (j == end && queries_ahead > 0) {
             announce_keys(std::max(band.first(next), own.first), own.end);
             ahead.add(query.middle_rows(row + count, queries_ahead));
@@ -129,7 +146,7 @@ void wide_window_gradient(Work& work, const Heads& heads, Window window, double 
           tile.visit(keys, band, written, grad_key_row, grad_value_row);
           keys.clear();
         }
-        tile.finish(to.middle_rows(i, count));
+        tile.finish(to.middle_rows(i - queries_seeing.first, count));
       }
     }
     fresh.finish();
@@ -148,7 +165,7 @@ void wide_window_gradient(Work& work, const Heads& heads, Window window, double 
       const Index count = std::min(part.end, tile.first + tile.count) - first;
       if (count <= 0) continue;
       gradients.query.middle_rows(rows.query_begin + first, count).matrix() +=
-          grad_query(s).middle_rows(rows.query_begin + first, count).matrix();
+          grad_query(tile.sequence, s, part).middle_rows(first - part.first, count).matrix();
     }
   });
 }
