@@ -405,4 +405,99 @@ TEST(AnyAttention, TakesAMechanismOfTheUsersOwn) {
   EXPECT_THROW(Any(heads, "constant:valu=1"), std::invalid_argument);
 }
 
+// One that trains and streams and takes no context: out is value times a learned number.
+
+struct ScaledValueOptions {
+  bool negative = false;
+};
+
+template <class T>
+class ScaledValue {
+ public:
+  using Scalar = T;
+  using Options = ScaledValueOptions;
+  struct Parameters {
+    Matrix<T> factor;
+    template <class Visit>
+    void for_each(Visit&& visit) {
+      visit("factor", factor);
+    }
+  };
+  struct Saved {
+    Matrix<T> value;
+  };
+  struct State {
+    Index tokens = 0;
+  };
+
+  explicit ScaledValue(const Heads& its_heads, const Options& options = {})
+      : heads_(its_heads), options_(options), parameters_{Matrix<T>::Constant(1, 1, options.negative ? -1 : 1)} {}
+
+  const Heads& heads() const { return heads_; }
+  const Options& options() const { return options_; }
+  const Parameters& parameters() const { return parameters_; }
+  Parameters& parameters() { return parameters_; }
+
+  void forward(const Inputs<T>& inputs, Tokens<T> out) const { out.matrix() = factor() * inputs.value.matrix(); }
+  void forward(const Inputs<T>& inputs, Tokens<T> out, Saved& saved) const {
+    forward(inputs, out);
+    saved.value = inputs.value.matrix();
+  }
+  void backward(const Inputs<T>&, Tokens<const T>, const Saved& saved, Tokens<const T> grad_out,
+                const InputGradients<T>& grad, Parameters& grad_parameters) const {
+    grad.query.matrix().setZero();
+    grad.key.matrix().setZero();
+    grad.value.matrix() = factor() * grad_out.matrix();
+    grad_parameters.factor(0, 0) += saved.value.cwiseProduct(grad_out.matrix()).sum();
+  }
+  State start() const { return {}; }
+  void extend(State& state, const Inputs<T>& inputs, Tokens<T> out) const {
+    state.tokens += inputs.value.rows();
+    forward(inputs, out);
+  }
+
+ private:
+  T factor() const { return parameters_.factor(0, 0); }
+
+  Heads heads_;
+  Options options_;
+  Parameters parameters_;
+};
+
+}  // namespace
+
+template <>
+struct nearfar::LineFormat<ScaledValueOptions> {
+  static constexpr std::string_view name = "scaled_value";
+  static constexpr auto options() {
+    return std::array{nearfar::line_option<&ScaledValueOptions::negative>("negative")};
+  }
+};
+
+namespace {
+
+TEST(AnyAttention, TrainsAndStreamsAMechanismWithoutAContext) {
+  using Any = AnyAttentionOf<Softmax<double>, ScaledValue<double>>;
+  static_assert(DifferentiableAttention<Any> && StreamingAttention<Any>);
+  const auto sample = random_sample<double>(heads, 3, 1);
+  const Matrix<double> grad_out = random_sample<double>(heads, 3, 2).query;
+  const Matrix<double> expected = -sample.value;
+  const Any attention(heads, "scaled_value:negative");
+  EXPECT_TRUE(same_bits(run_forward(attention, sample), expected));
+
+  auto gradients = run_backward(attention, sample, grad_out);
+  EXPECT_TRUE(same_bits(gradients.out, expected));
+  EXPECT_TRUE(same_bits(gradients.value, Matrix<double>(-grad_out)));
+  gradients.parameters.for_each([&](const auto&, const Matrix<double>& factor) {
+    EXPECT_DOUBLE_EQ(factor(0, 0), sample.value.cwiseProduct(grad_out).sum());
+  });
+
+  Matrix<double> out(3, heads.out_cols());
+  Any::State state = attention.start();
+  attention.extend(state, sample.inputs(), out);
+  attention.extend(state, sample.inputs(), out);
+  EXPECT_TRUE(same_bits(out, expected));
+  EXPECT_EQ(std::get<1>(state.of).state.tokens, 6);
+}
+
 }  // namespace

@@ -183,6 +183,33 @@ TEST_F(TrainingLayers, ABlockHasTheGradientOfItsForward) {
       [&](auto g) { return layer.backward(g, context); });
 }
 
+/// Attention of every token to itself alone, that has no more than DifferentiableAttention asks for.
+struct Itself {
+  using Scalar = double;
+  using Parameters = nearfar::NoParameters;
+  struct Saved {};
+
+  nearfar::Heads heads() const { return ::heads; }
+  Parameters parameters() const { return {}; }
+  void forward(const nearfar::Inputs<double>& inputs, Tokens<double> out) const {
+    out.matrix() = inputs.value.matrix();
+  }
+  void forward(const nearfar::Inputs<double>& inputs, Tokens<double> out, Saved&) const { forward(inputs, out); }
+  void backward(const nearfar::Inputs<double>&, Tokens<const double>, const Saved&, Tokens<const double> grad_out,
+                const nearfar::InputGradients<double>& grad, Parameters&) const {
+    grad.query.matrix().setZero();
+    grad.key.matrix().setZero();
+    grad.value.matrix() = grad_out.matrix();
+  }
+};
+
+TEST_F(TrainingLayers, ABlockTakesAMechanismWithoutAContext) {
+  Block<Itself> layer(width, Itself{}, 8, 0, random);
+  expect_gradients(
+      layer, x, rows, width, [&](auto v) { return layer.forward(v, offsets, nullptr, context); },
+      [&](auto g) { return layer.backward(g, context); });
+}
+
 TEST_F(TrainingLayers, CrossEntropyHasTheGradientOfItsSumAndLeavesRowsWithoutTargetOut) {
   Matrix<double> logits = 4 * random_matrix(4, 3, random), grad(4, 3), unused(4, 3);
   logits.row(1).array() += 1000;

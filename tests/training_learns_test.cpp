@@ -65,12 +65,9 @@ class Silence {
   const Parameters& parameters() const { return none_; }
   Parameters& parameters() { return none_; }
   void forward(const Inputs<double>&, Tokens<double> out) const { out.matrix().setZero(); }
-  void forward(const Inputs<double>&, Tokens<double> out, Saved&,
-               nearfar::Context& = nearfar::default_context()) const {
-    out.matrix().setZero();
-  }
+  void forward(const Inputs<double>&, Tokens<double> out, Saved&) const { out.matrix().setZero(); }
   void backward(const Inputs<double>&, Tokens<const double>, const Saved&, Tokens<const double>,
-                const InputGradients<double>& grad, Parameters&, nearfar::Context& = nearfar::default_context()) const {
+                const InputGradients<double>& grad, Parameters&) const {
     for (const Tokens<double>& of : {grad.query, grad.key, grad.value}) of.matrix().setZero();
   }
 

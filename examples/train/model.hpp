@@ -25,8 +25,6 @@ struct Batch {
 };
 
 /// y = attention(x W_q + b_q, x W_k + b_k, x W_v + b_v) W_o + b_o. The three projections are one product.
-///
-/// A mechanism of your own needs a Context as last argument of forward and backward, as nearfar's have it.
 template <nearfar::DifferentiableAttention Attention>
 class AttentionLayer {
  public:
@@ -47,15 +45,15 @@ class AttentionLayer {
     const Tokens<const T> projected = projection_.forward(x);
     inputs_ = {.query = query(projected), .key = key(projected), .value = value(projected), .query_offsets = offsets};
     const Tokens<T> attended = attended_.rows(x.rows());
-    attention_.forward(inputs_, attended, saved_, context);
+    nearfar::forward(attention_, inputs_, attended, saved_, context);
     return output_.forward(attended);
   }
 
   Tokens<T> backward(Tokens<const T> grad_y, nearfar::Context& context = nearfar::default_context()) {
     const Tokens<T> grad_attended = output_.backward(grad_y);
     const Tokens<T> grad = grad_projected_.rows(grad_y.rows());
-    attention_.backward(inputs_, attended_.rows(grad_y.rows()), saved_, grad_attended,
-                        {query(grad), key(grad), value(grad)}, grad_attention_, context);
+    nearfar::backward(attention_, inputs_, attended_.rows(grad_y.rows()), saved_, grad_attended,
+                      {query(grad), key(grad), value(grad)}, grad_attention_, context);
     return projection_.backward(grad);
   }
 

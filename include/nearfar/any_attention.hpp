@@ -282,13 +282,7 @@ class AnyAttentionOf {
   ParametersInPlace parameters() requires differentiable { return ParametersInPlace(*this); }
 
   void forward(const Inputs<Scalar>& inputs, Tokens<Scalar> out, Context& context = default_context()) const {
-    visit([&](const auto& mechanism) {
-      if constexpr (requires { mechanism.forward(inputs, out, context); }) {
-        mechanism.forward(inputs, out, context);
-      } else {
-        mechanism.forward(inputs, out);
-      }
-    });
+    visit([&](const auto& mechanism) { nearfar::forward(mechanism, inputs, out, context); });
   }
 
   void forward(const Inputs<Scalar>& inputs, Tokens<Scalar> out, Saved& saved,
@@ -296,7 +290,7 @@ class AnyAttentionOf {
     visit([&]<class M>(const M& mechanism) {
       using SavedOf = detail::SavedOf<M>;
       if (!std::holds_alternative<SavedOf>(saved.of)) saved.of.template emplace<SavedOf>();
-      mechanism.forward(inputs, out, std::get<SavedOf>(saved.of).saved, context);
+      nearfar::forward(mechanism, inputs, out, std::get<SavedOf>(saved.of).saved, context);
     });
   }
 
@@ -305,8 +299,8 @@ class AnyAttentionOf {
                 Tokens<const Scalar> grad_out, const InputGradients<Scalar>& grad_inputs, Parameters& grad_parameters,
                 Context& context = default_context()) const requires differentiable {
     visit([&]<class M>(const M& mechanism) {
-      mechanism.backward(inputs, out, part<detail::SavedOf<M>>(saved, "saved").saved, grad_out, grad_inputs,
-                         part<detail::ParametersOf<M>>(grad_parameters, "grad_parameters").parameters, context);
+      nearfar::backward(mechanism, inputs, out, part<detail::SavedOf<M>>(saved, "saved").saved, grad_out, grad_inputs,
+                        part<detail::ParametersOf<M>>(grad_parameters, "grad_parameters").parameters, context);
     });
   }
 
@@ -329,7 +323,7 @@ class AnyAttentionOf {
               Context& context = default_context()) const requires streaming {
     visit([&]<class M>(const M& mechanism) {
       auto& held = part<detail::StateOf<M>>(state, "state");
-      if constexpr (StreamingAttention<M>) mechanism.extend(held.state, inputs, out, context);
+      if constexpr (StreamingAttention<M>) nearfar::extend(mechanism, held.state, inputs, out, context);
     });
   }
 

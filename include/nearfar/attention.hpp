@@ -66,8 +66,16 @@ struct InputGradients {
 /// to zero.
 struct NoParameters {
   template <class Visit>
-  void for_each(Visit&&) {}
+  void for_each(Visit&&) const {}
 };
+
+namespace detail {
+
+struct Ignore {
+  void operator()(auto&&...) const {}
+};
+
+}  // namespace detail
 
 /// Attention: something that maps query, key and value to out (n_q x heads.query * value_dim).
 ///
@@ -82,13 +90,16 @@ concept Attention = requires(const A& attention, const Inputs<typename A::Scalar
 };
 
 /// Attention that can be trained. `forward` leaves in `saved` what `backward` needs; `backward` writes the gradients of
-/// the inputs and adds those of the parameters to `grad_parameters`, so that a batch may be split.
+/// the inputs and adds those of the parameters to `grad_parameters`, so that a batch may be split. The parameters of an
+/// object that is not const are stepped where they stand.
 template <class A>
 concept DifferentiableAttention = Attention<A> &&
-    requires(const A& attention, const Inputs<typename A::Scalar>& inputs, Tokens<typename A::Scalar> out,
+    requires(A& trained, const A& attention, const Inputs<typename A::Scalar>& inputs, Tokens<typename A::Scalar> out,
              Tokens<const typename A::Scalar> read, typename A::Saved& saved, const typename A::Saved& kept,
              const InputGradients<typename A::Scalar>& grad_inputs, typename A::Parameters& grad_parameters) {
   { attention.parameters() } -> std::convertible_to<const typename A::Parameters&>;
+  trained.parameters().for_each(detail::Ignore{});
+  grad_parameters.for_each(detail::Ignore{});
   attention.forward(inputs, out, saved);
   attention.backward(inputs, read, kept, read, grad_inputs, grad_parameters);
 };
@@ -103,6 +114,50 @@ concept StreamingAttention = Attention<A> &&
   attention.extend(state, inputs, out);
 };
 
+/// attention.forward(inputs, out, context), or without the context where a mechanism of your own does not take one; the
+/// functions below call likewise. For code that has a context and takes any attention.
+template <Attention A>
+void forward(const A& attention, const Inputs<typename A::Scalar>& inputs, Tokens<typename A::Scalar> out,
+             Context& context) {
+  if constexpr (requires { attention.forward(inputs, out, context); }) {
+    attention.forward(inputs, out, context);
+  } else {
+    attention.forward(inputs, out);
+  }
+}
+
+template <DifferentiableAttention A>
+void forward(const A& attention, const Inputs<typename A::Scalar>& inputs, Tokens<typename A::Scalar> out,
+             typename A::Saved& saved, Context& context) {
+  if constexpr (requires { attention.forward(inputs, out, saved, context); }) {
+    attention.forward(inputs, out, saved, context);
+  } else {
+    attention.forward(inputs, out, saved);
+  }
+}
+
+template <DifferentiableAttention A>
+void backward(const A& attention, const Inputs<typename A::Scalar>& inputs, Tokens<const typename A::Scalar> out,
+              const typename A::Saved& saved, Tokens<const typename A::Scalar> grad_out,
+              const InputGradients<typename A::Scalar>& grad_inputs, typename A::Parameters& grad_parameters,
+              Context& context) {
+  if constexpr (requires { attention.backward(inputs, out, saved, grad_out, grad_inputs, grad_parameters, context); }) {
+    attention.backward(inputs, out, saved, grad_out, grad_inputs, grad_parameters, context);
+  } else {
+    attention.backward(inputs, out, saved, grad_out, grad_inputs, grad_parameters);
+  }
+}
+
+template <StreamingAttention A>
+void extend(const A& attention, typename A::State& state, const Inputs<typename A::Scalar>& inputs,
+            Tokens<typename A::Scalar> out, Context& context) {
+  if constexpr (requires { attention.extend(state, inputs, out, context); }) {
+    attention.extend(state, inputs, out, context);
+  } else {
+    attention.extend(state, inputs, out);
+  }
+}
+
 /// Says in one sentence that a type is no attention, where a constrained template would list what failed.
 template <class A>
 constexpr void require_attention() {
@@ -115,9 +170,8 @@ template <class A>
 constexpr void require_differentiable_attention() {
   static_assert(DifferentiableAttention<A>,
                 "nearfar: this type is not a DifferentiableAttention: besides Attention it needs types Saved and "
-                "Parameters, parameters() const, forward(inputs, out, saved) const and backward(inputs, out, saved, "
-                "grad_out, grad_inputs, "
-                "grad_parameters) const.");
+                "Parameters, which has for_each(visit), parameters(), also const, forward(inputs, out, saved) const "
+                "and backward(inputs, out, saved, grad_out, grad_inputs, grad_parameters) const.");
 }
 
 template <class A>

@@ -1,6 +1,6 @@
-// nearfar: this type is not a DifferentiableAttention: besides Attention it needs types Saved and Parameters,
-// parameters() const, forward(inputs, out, saved) const and backward(inputs, out, saved, grad_out, grad_inputs,
-// grad_parameters) const.
+// nearfar: this type is not a DifferentiableAttention: besides Attention it needs types Saved and Parameters, which has
+// for_each(visit), parameters(), also const, forward(inputs, out, saved) const and backward(inputs, out, saved,
+// grad_out, grad_inputs, grad_parameters) const.
 #include <nearfar/attention.hpp>
 
 struct Mechanism {
