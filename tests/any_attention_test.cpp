@@ -324,6 +324,18 @@ TEST(AnyAttention, RefusesWhatAnotherMechanismSaved) {
             "nearfar::AnyAttention: grad_parameters must come from additive, but comes from another mechanism.");
 }
 
+TEST(AnyAttention, KeepsWhatAnotherMechanismSavedWhereItRefusesTheInputs) {
+  const auto sample = random_sample<double>(heads, 5, 2);
+  Matrix<double> out = sample.query, query = sample.query, key = sample.key, value = sample.value;
+  const AnyAttention<double> linear(heads, "linear"), softmax(heads, "softmax");
+  AnyAttention<double>::Saved saved;
+  softmax.forward(sample.inputs(), out, saved);
+  Matrix<double> short_out(4, heads.out_cols());
+  EXPECT_THROW(linear.forward(sample.inputs(), short_out, saved), std::invalid_argument);
+  auto gradients = softmax.parameters();
+  EXPECT_NO_THROW(softmax.backward(sample.inputs(), out, saved, out, {query, key, value}, gradients));
+}
+
 TEST(AnyAttention, StreamsAsTheMechanismDoes) {
   const auto sample = random_sample<double>(heads, 12, 6);
   for (const std::string line : {"softmax:causal", "banded:left=3,causal", "linear:causal", "fmm:left=3,causal",

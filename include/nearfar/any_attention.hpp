@@ -288,9 +288,11 @@ class AnyAttentionOf {
   void forward(const Inputs<Scalar>& inputs, Tokens<Scalar> out, Saved& saved,
                Context& context = default_context()) const requires differentiable {
     visit([&]<class M>(const M& mechanism) {
-      using SavedOf = detail::SavedOf<M>;
-      if (!std::holds_alternative<SavedOf>(saved.of)) saved.of.template emplace<SavedOf>();
-      nearfar::forward(mechanism, inputs, out, std::get<SavedOf>(saved.of).saved, context);
+      // What another mechanism saved stays until this one has found no fault with the inputs.
+      auto* const held = std::get_if<detail::SavedOf<M>>(&saved.of);
+      detail::SavedOf<M> fresh;
+      nearfar::forward(mechanism, inputs, out, held ? held->saved : fresh.saved, context);
+      if (held == nullptr) saved.of = std::move(fresh);
     });
   }
 
