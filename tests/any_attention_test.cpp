@@ -162,6 +162,8 @@ TEST(AnyAttention, PrintsEveryValueInShortestForm) {
             "banded:left=4,right=4,causal,scale=0.5");
   EXPECT_EQ(line_of("linear:eps=0.000001"), "linear:eps=1e-6");
   EXPECT_EQ(line_of("softmax:causal=off,scale=2.0e+00"), "softmax:causal=off,scale=2");
+  EXPECT_EQ(line_of("softmax:scale=2e1"), "softmax:scale=20");
+  EXPECT_EQ(line_of("linear:eps=1e+30"), "linear:eps=1e30");
   EXPECT_EQ(line_of("linear:maps = elu + tanh"), "linear:maps=elu+tanh");
 }
 
@@ -238,6 +240,9 @@ TEST(AnyAttention, NamesAnUnknownFeatureMapAndListsTheKnown) {
 
 TEST(AnyAttention, LeavesWhatDoesNotFitTogetherToTheMechanism) {
   EXPECT_EQ(error_of("multipole:rank=3"), "nearfar::Multipole: rank must divide block, but 3 does not divide 64.");
+  EXPECT_EQ(error_of("nystrom:tolerance=1.0000001"),
+            "nearfar::Nystrom: tolerance must be 0 or more and less than 1, but is 1.0000001.");
+  EXPECT_EQ(error_of("softmax:scale=-1e-9"), "nearfar::Softmax: scale must be positive and finite, but is -1e-9.");
 }
 
 /// Draws every matrix anew.

@@ -140,8 +140,8 @@ TEST(Fmm, RefusesBadOptions) {
   const auto make = [](const FmmOptions& options) { return message([&] { Fmm<float> fmm(heads, options); }); };
   EXPECT_EQ(make({.window = {-1, 0}}), "nearfar::Fmm: window.left must be 0 or more, but is -1.");
   EXPECT_EQ(make({.feature_maps = {}}), "nearfar::Fmm: feature_maps must hold at least one map, but holds 0.");
-  EXPECT_EQ(make({.eps = -1}), "nearfar::Fmm: eps must be finite and 0 or more, but is -1.000000.");
-  EXPECT_EQ(make({.scale = 0.0}), "nearfar::Fmm: scale must be positive and finite, but is 0.000000.");
+  EXPECT_EQ(make({.eps = -1}), "nearfar::Fmm: eps must be finite and 0 or more, but is -1.");
+  EXPECT_EQ(make({.scale = 0.0}), "nearfar::Fmm: scale must be positive and finite, but is 0.");
 }
 
 TEST(Fmm, RefusesWeightsOfAnotherShape) {

@@ -217,7 +217,7 @@ TEST(Linear, RefusesBadOptionsAndStreamsInPlainSentences) {
   const Heads heads{.query = 2, .key_value = 2, .dim = 4};
   EXPECT_EQ(error_of(heads, {.feature_maps = {}}),
             "nearfar::Linear: feature_maps must hold at least one map, but holds 0.");
-  EXPECT_EQ(error_of(heads, {.eps = -1}), "nearfar::Linear: eps must be finite and 0 or more, but is -1.000000.");
+  EXPECT_EQ(error_of(heads, {.eps = -1}), "nearfar::Linear: eps must be finite and 0 or more, but is -1.");
   EXPECT_EQ(error_of({.query = 3, .key_value = 2, .dim = 4}, {}),
             "nearfar::Linear: heads.key_value must divide heads.query, but 2 does not divide 3.");
   const auto start_error = [&](const LinearOptions& options) -> std::string {

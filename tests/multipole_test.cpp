@@ -444,7 +444,7 @@ TEST(Multipole, RefusesBadOptionsInOneSentence) {
             "is 60.");
   EXPECT_EQ(error({.rank = 0}), "nearfar::Multipole: rank must be at least 1, but is 0.");
   EXPECT_EQ(error({.levels = -1}), "nearfar::Multipole: levels must be 0 or more, but is -1.");
-  EXPECT_EQ(error({.scale = 0.0}), "nearfar::Multipole: scale must be positive and finite, but is 0.000000.");
+  EXPECT_EQ(error({.scale = 0.0}), "nearfar::Multipole: scale must be positive and finite, but is 0.");
   EXPECT_EQ(error({.causal = true, .pooled_queries = true}),
             "nearfar::Multipole: pooled_queries cannot be causal, because the mean of a sub-block's queries depends on "
             "later tokens, but causal and pooled_queries are both true.");

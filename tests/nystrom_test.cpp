@@ -345,11 +345,11 @@ TEST(Nystrom, RefusesBadOptions) {
   const Heads heads{2, 1, 4};
   EXPECT_EQ(message(heads, {.landmarks = 0}), "nearfar::Nystrom: landmarks must be at least 1, but is 0.");
   EXPECT_EQ(message(heads, {.tolerance = 1.0}),
-            "nearfar::Nystrom: tolerance must be 0 or more and less than 1, but is 1.000000.");
+            "nearfar::Nystrom: tolerance must be 0 or more and less than 1, but is 1.");
   EXPECT_EQ(message(heads, {.iterations = 0}), "nearfar::Nystrom: iterations must be at least 1, but is 0.");
   EXPECT_EQ(message(heads, {.tolerance = 0.5, .iterations = 6}),
-            "nearfar::Nystrom: either tolerance or iterations may be given, but both are: 0.500000 and 6.");
-  EXPECT_EQ(message(heads, {.scale = -1.0}), "nearfar::Nystrom: scale must be positive and finite, but is -1.000000.");
+            "nearfar::Nystrom: either tolerance or iterations may be given, but both are: 0.5 and 6.");
+  EXPECT_EQ(message(heads, {.scale = -1.0}), "nearfar::Nystrom: scale must be positive and finite, but is -1.");
 }
 
 TEST(Nystrom, RefusesQueriesThatAreNotTheKeysTokens) {

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <locale>
 #include <optional>
 #include <span>
 #include <sstream>
@@ -105,11 +106,11 @@ struct ValueText<bool> {
   static std::string print(bool value) { return value ? "on" : "off"; }
 };
 
-// Streams of the classic locale, because not every standard library converts double by <charconv>.
 template <std::floating_point Real>
 struct ValueText<Real> {
   static std::string expected() { return "a number"; }
 
+  /// By a stream of the classic locale, because not every standard library reads numbers by <charconv>.
   static std::optional<Real> read(std::string_view text) {
     std::istringstream stream{std::string(text)};
     stream.imbue(std::locale::classic());
@@ -119,21 +120,7 @@ struct ValueText<Real> {
     return value;
   }
 
-  /// In as few digits as give the same number again: 0.5, 1e-6.
-  static std::string print(Real value) {
-    std::string text;
-    for (int digits = 1; digits <= 17 && read(text) != value; ++digits) {
-      std::ostringstream stream;
-      stream.imbue(std::locale::classic());
-      stream.precision(digits);
-      stream << value;
-      text = stream.str();
-    }
-    if (const std::size_t e = text.find('e'); e != std::string::npos) {
-      text = text.substr(0, e + 1) + std::to_string(std::stoi(text.substr(e + 1)));
-    }
-    return text;
-  }
+  static std::string print(Real value) { return text_of_real(value); }
 };
 
 /// Nothing is printed as no text, and no text is read as nothing.
