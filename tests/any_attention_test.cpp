@@ -152,7 +152,7 @@ TEST(AnyAttention, PrintsALineInShortestFormAsItWas) {
   for (const std::string line :
        {"softmax", "multipole:block=64,rank=4,causal", "multipole:causal,rank=4", "additive:transform,bias=off",
         "linear:maps=elu+tanh,normalizer=sqrt_length", "linear:eps=1e-6", "linear:eps=0", "softmax:scale=0.1",
-        "softmax:scale=1e300", "softmax:scale=0.12345678901234566", "banded:left=0,right=0"}) {
+        "softmax:scale=1e30", "softmax:scale=0.12345678901234566", "banded:left=0,right=0"}) {
     EXPECT_EQ(line_of(line), line);
   }
 }
@@ -243,6 +243,35 @@ TEST(AnyAttention, LeavesWhatDoesNotFitTogetherToTheMechanism) {
   EXPECT_EQ(error_of("nystrom:tolerance=1.0000001"),
             "nearfar::Nystrom: tolerance must be 0 or more and less than 1, but is 1.0000001.");
   EXPECT_EQ(error_of("softmax:scale=-1e-9"), "nearfar::Softmax: scale must be positive and finite, but is -1e-9.");
+}
+
+TEST(AnyAttention, RefusesAScaleThatIsZeroOrInfiniteInItsScalar) {
+  for (const std::string name : {"softmax", "banded", "nystrom", "fmm", "additive", "multipole"}) {
+    for (const std::string scale : {"1e300", "3.5e38", "1e-60"}) {
+      const std::string line = name + ":scale=" + scale;
+      const std::string end = ": scale must be positive and finite as a float, but is " + scale + ".";
+      EXPECT_TRUE(error_of(line).ends_with(end)) << error_of(line);
+      EXPECT_NO_THROW(AnyAttention<double>(heads, line)) << line;
+    }
+    EXPECT_EQ(error_of(name + ":scale=1e38"), "no error");
+    EXPECT_EQ(error_of(name + ":scale=1e-38"), "no error");
+  }
+}
+
+TEST(AnyAttention, RefusesHeadsWhoseColumnsCannotBeCounted) {
+  constexpr Index large = Index{1} << 40;
+  EXPECT_THROW(AnyAttention<float>({.query = large, .dim = large}, "softmax"), std::invalid_argument);
+  EXPECT_THROW(AnyAttention<float>({.query = large, .dim = 1, .value_dim = large}, "softmax"), std::invalid_argument);
+  try {
+    AnyAttention<float>({.query = large, .key_value = 1, .dim = large}, "linear");
+    FAIL();
+  } catch (const std::invalid_argument& error) {
+    EXPECT_STREQ(
+        error.what(),
+        "nearfar::Linear: heads.dim and heads.value_dim must be at most 8388607 for 1099511627776 query heads, "
+        "but the larger is 1099511627776.");
+  }
+  EXPECT_NO_THROW(AnyAttention<float>({.query = large, .key_value = large, .dim = 4}, "softmax"));
 }
 
 /// Draws every matrix anew.

@@ -260,6 +260,15 @@ std::string message_of(const std::function<void()>& call) {
   return "no error";
 }
 
+TEST(Merge, RefusesHeadsThatDoNotFitTogether) {
+  auto a = random_part<float>(4, 1);
+  const Heads odd{.query = 4, .key_value = 3, .dim = 5, .value_dim = 7};
+  EXPECT_EQ(message_of([&] { merge<float>(odd, a.read(), a.read(), a.write()); }),
+            "nearfar::merge: heads.key_value must divide heads.query, but 3 does not divide 4.");
+  EXPECT_EQ(message_of([&] { merge_backward<float>(odd, a.read(), a.read(), a.read(), a.write(), a.write()); }),
+            "nearfar::merge_backward: heads.key_value must divide heads.query, but 3 does not divide 4.");
+}
+
 TEST(Merge, RefusesShapesThatDisagree) {
   auto a = random_part<float>(4, 1), b = random_part<float>(5, 2), c = random_part<float>(4, 3);
   EXPECT_EQ(message_of([&] { merge<float>(heads, a.read(), b.read(), a.write()); }),

@@ -89,7 +89,7 @@ class Additive {
   explicit Additive(const Heads& heads, const Options& options = {}) : heads_(heads), options_(options) {
     detail::check_heads(name, heads);
     detail::check_equal_widths(name, heads);
-    detail::check_scale(name, options.scale);
+    detail::check_scale<T>(name, options.scale);
     const Index width = heads.query_cols();
     for (Matrix<T>* weights : {&parameters_.w_q, &parameters_.w_k}) {
       weights->setZero(heads.query, options.per_head_weights ? heads.dim : width);

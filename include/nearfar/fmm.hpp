@@ -193,7 +193,7 @@ class Fmm {
 
   static const Heads& checked(const Heads& heads, const Options& options) {
     detail::check_heads(name, heads);
-    detail::check_scale(name, options.scale);
+    detail::check_scale<T>(name, options.scale);
     detail::check_window(name, options.window);
     detail::check_linear(name, options.feature_maps, options.eps);
     return heads;

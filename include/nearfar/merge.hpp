@@ -82,11 +82,12 @@ void for_each_head_row(Context& context, const Heads& heads, Index rows, Visit&&
 ///
 /// Time O(n_q heads.query value_dim), bound by memory; no memory beside. `merged` may be `a` or `b` itself. A part that
 /// saw no key is not read: a query without any key in either gets a zero row and -infinity.
-/// Throws std::invalid_argument if shapes disagree.
+/// Throws std::invalid_argument if heads do not fit together or shapes disagree.
 /// Source: Milakov and Gimelshein, arXiv 1805.02867.
 template <class T>
 void merge(const Heads& heads, const PartialAttention<const T>& a, const PartialAttention<const T>& b,
            const PartialAttention<T>& merged, Context& context = default_context()) {
+  detail::check_heads("merge", heads);
   const Index rows = a.out.rows();
   detail::check_part("merge", "a", heads, a, rows, "a.out");
   detail::check_part("merge", "b", heads, b, rows, "a.out");
@@ -119,6 +120,7 @@ void merge_backward(const Heads& heads, const PartialAttention<const T>& a, cons
                     const PartialAttention<const T>& grad_merged, const PartialAttention<T>& grad_a,
                     const PartialAttention<T>& grad_b, Context& context = default_context()) {
   constexpr const char* name = "merge_backward";
+  detail::check_heads(name, heads);
   const Index rows = a.out.rows();
   const bool has_grad = grad_merged.log_sum_exp.rows() > 0;
   detail::check_part(name, "a", heads, a, rows, "a.out");

@@ -111,7 +111,7 @@ class Multipole {
   explicit Multipole(const Heads& heads, const Options& options = {}) : heads_(heads), options_(options) {
     detail::check_heads(name, heads);
     detail::check_equal_widths(name, heads);
-    detail::check_scale(name, options.scale);
+    detail::check_scale<T>(name, options.scale);
     detail::require(options.block >= 1, name, "block must be at least 1, but is ", options.block, ".");
     detail::require(options.rank >= 1, name, "rank must be at least 1, but is ", options.rank, ".");
     detail::require(options.block % options.rank == 0, name, "rank must divide block, but ", options.rank,

@@ -71,7 +71,7 @@ class Nystrom {
 
   explicit Nystrom(const Heads& heads, const Options& options = {}) : heads_(heads), options_(options) {
     detail::check_heads(name, heads);
-    detail::check_scale(name, options.scale);
+    detail::check_scale<T>(name, options.scale);
     detail::require(options.landmarks >= 1, name, "landmarks must be at least 1, but is ", options.landmarks, ".");
     detail::require(!options.tolerance || (*options.tolerance >= 0 && *options.tolerance < 1), name,
                     "tolerance must be 0 or more and less than 1, but is ", options.tolerance.value_or(0), ".");

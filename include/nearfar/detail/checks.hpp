@@ -93,6 +93,10 @@ inline void check_heads(std::string_view mechanism, const Heads& heads) {
   require(heads.value_dim >= 0, mechanism, "heads.value_dim must be 0 (as dim) or more, but is ", heads.value_dim, ".");
   require(heads.query % heads.key_value == 0, mechanism, "heads.key_value must divide heads.query, but ",
           heads.key_value, " does not divide ", heads.query, ".");
+  const Index width = std::max(heads.dim, heads.value_width());
+  const Index most = std::numeric_limits<Index>::max() / heads.query;
+  require(width <= most, mechanism, "heads.dim and heads.value_dim must be at most ", most, " for ", heads.query,
+          " query heads, but the larger is ", width, ".");
 }
 
 /// Mechanisms that blend key and value features one by one, or reuse one view for both, need them of one width.
@@ -101,9 +105,13 @@ inline void check_equal_widths(std::string_view mechanism, const Heads& heads) {
           heads.value_dim, " and ", heads.dim, ".");
 }
 
-inline void check_scale(std::string_view mechanism, const std::optional<double>& scale) {
+template <class T>
+void check_scale(std::string_view mechanism, const std::optional<double>& scale) {
   require(!scale || (*scale > 0 && *scale < std::numeric_limits<double>::infinity()), mechanism,
           "scale must be positive and finite, but is ", scale.value_or(0), ".");
+  using Limits = std::numeric_limits<T>;
+  require(!scale || (*scale >= Limits::denorm_min() && *scale <= Limits::max()), mechanism,
+          "scale must be positive and finite as a float, but is ", scale.value_or(0), ".");
 }
 
 inline void check_window(std::string_view mechanism, const Window& window) {

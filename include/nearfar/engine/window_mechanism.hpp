@@ -79,7 +79,7 @@ class WindowMechanism {
   WindowMechanism(std::string_view name, const Heads& heads, const Options& options, Window window)
       : name_(name), heads_(heads), options_(options), window_(options.causal ? window.causal() : window) {
     check_heads(name, heads);
-    check_scale(name, options.scale);
+    check_scale<T>(name, options.scale);
     check_window(name, window);
   }
 
