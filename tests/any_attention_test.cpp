@@ -227,14 +227,16 @@ TEST(AnyAttention, RefusesAValueThatIsNone) {
   EXPECT_EQ(error_of("softmax:causal="), must("causal of softmax", "on or off, but is \"\""));
   EXPECT_EQ(error_of("linear:normalizer=rows"),
             must("normalizer of linear", "one of row_sum, sqrt_length, but is \"rows\""));
-  EXPECT_EQ(error_of("linear:maps"), must("maps of linear", "feature maps joined by +, but has no value"));
 }
 
 TEST(AnyAttention, NamesAnUnknownFeatureMapAndListsTheKnown) {
-  for (const std::string name : {"cosine", ""}) {
-    EXPECT_EQ(error_of("linear:maps=elu+" + name),
-              "nearfar::Linear: unknown feature map \"" + name +
-                  "\", known are elu, elu_flip, tanh, relu, sigmoid, softplus, identity.");
+  const std::string known =
+      " must be feature maps joined by + (elu, elu_flip, tanh, relu, sigmoid, softplus, identity), but ";
+  for (const std::string mechanism : {"linear", "fmm"}) {
+    const std::string option = "nearfar::AnyAttention: option maps of " + mechanism + known;
+    EXPECT_EQ(error_of(mechanism + ":maps=elu+cosine"), option + "is \"elu+cosine\".");
+    EXPECT_EQ(error_of(mechanism + ":maps=elu+"), option + "is \"elu+\".");
+    EXPECT_EQ(error_of(mechanism + ":maps"), option + "has no value.");
   }
 }
 

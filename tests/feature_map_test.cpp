@@ -23,6 +23,12 @@ struct Parabola {
 static_assert(FeatureMap<Parabola>);
 static_assert(!FeatureMap<int>);
 
+/// One that says that it does not take packets.
+struct Slow : Parabola {
+  static constexpr std::string_view name = "slow";
+  static constexpr bool on_packets = false;
+};
+
 struct KnownMap {
   AnyFeatureMap map;
   std::function<long double(long double)> value;
@@ -39,6 +45,7 @@ const std::vector<KnownMap>& known_maps() {
       {feature_map::Softplus{}, [](Real x) { return std::log1p(std::exp(x)); }},
       {feature_map::Identity{}, [](Real x) { return x; }},
       {Parabola{}, [](Real x) { return x * x + x / 2; }},
+      {Slow{}, [](Real x) { return x * x + x / 2; }},
   };
   return maps;
 }
@@ -139,10 +146,9 @@ TEST(FeatureMap, OfUnknownNameIsAnErrorThatListsTheKnown) {
     feature_map_from_name("selu");
     FAIL();
   } catch (const std::invalid_argument& error) {
-    EXPECT_STREQ(
-        error.what(),
-        "nearfar::Linear: unknown feature map \"selu\", known are elu, elu_flip, tanh, relu, sigmoid, softplus, "
-        "identity.");
+    EXPECT_STREQ(error.what(),
+                 "nearfar::feature_map_from_name: unknown feature map \"selu\"; known are elu, elu_flip, tanh, relu, "
+                 "sigmoid, softplus, identity.");
   }
 }
 

@@ -42,13 +42,15 @@ inline constexpr std::array<std::string_view, 2> enumerator_names<QueryPooling>{
 /// Feature maps by their names: elu+tanh.
 template <std::same_as<AnyFeatureMap> Map>
 struct ValueText<std::vector<Map>> {
-  static std::string expected() { return "feature maps joined by +"; }
+  static std::string expected() { return "feature maps joined by + (" + known_feature_map_names<Map>() + ")"; }
 
   static std::optional<std::vector<Map>> read(std::string_view text) {
     std::vector<Map> maps;
     for (std::optional<std::string_view> rest = text; rest;) {
       const auto [name, further] = cut(*rest, '+');
-      maps.push_back(feature_map_from_name<Map>(name));
+      const std::optional<Map> map = find_feature_map<Map>(name);
+      if (!map) return std::nullopt;
+      maps.push_back(*map);
       rest = further;
     }
     return maps;

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <concepts>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -16,7 +17,8 @@ namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
 
 /// A feature map phi of linear attention: a function of one number, its derivative, and a name of lower-case letters,
-/// digits and underscores. Linear attention applies it to every entry of query and key.
+/// digits and underscores. Linear attention applies it to every entry of query and key. A map whose functions also take
+/// and give Eigen's packets of numbers, as those below do, says so by a static `on_packets` that is true: it is faster.
 template <class Map>
 concept FeatureMap = requires(const Map& map, float x, double y) {
   { Map::name } -> std::convertible_to<std::string_view>;
@@ -264,7 +266,7 @@ class AnyFeatureMap {
   template <class T, template <class> class Function, class Map>
   static void for_each_entry(const T* x, Index x_stride, Index rows, Index cols, T* y, Index y_stride,
                              Function<Map> function) {
-    if constexpr (requires { Map::on_packets; }) {
+    if constexpr (requires { requires Map::on_packets; }) {
       constexpr Index width = detail::lanes<T>;
       const Index full = cols / width * width;
       for_each_vector(x, x_stride, rows, full, y, y_stride, function);
@@ -300,20 +302,43 @@ class AnyFeatureMap {
   std::shared_ptr<const Interface> model_;
 };
 
+namespace detail {
+
+template <std::same_as<AnyFeatureMap> Map>
+const auto& known_feature_maps() {
+  using namespace feature_map;
+  static const std::array<Map, 7> known = {Elu{}, EluFlip{}, Tanh{}, Relu{}, Sigmoid{}, Softplus{}, Identity{}};
+  return known;
+}
+
+template <std::same_as<AnyFeatureMap> Map>
+std::optional<Map> find_feature_map(std::string_view name) {
+  for (const Map& map : known_feature_maps<Map>()) {
+    if (map.name() == name) return map;
+  }
+  return std::nullopt;
+}
+
+template <std::same_as<AnyFeatureMap> Map>
+std::string known_feature_map_names() {
+  std::string names;
+  for (const Map& map : known_feature_maps<Map>()) {
+    names += names.empty() ? "" : ", ";
+    names += map.name();
+  }
+  return names;
+}
+
+}  // namespace detail
+
 /// The built-in feature map of that name. Throws std::invalid_argument, listing the known names, if there is none. (A
 /// template so that only a program that asks for a name pays for compiling them all.)
 template <std::same_as<AnyFeatureMap> Map = AnyFeatureMap>
 Map feature_map_from_name(std::string_view name) {
-  using namespace feature_map;
-  static const std::array<Map, 7> known = {Elu{}, EluFlip{}, Tanh{}, Relu{}, Sigmoid{}, Softplus{}, Identity{}};
-  std::string names;
-  for (const Map& map : known) {
-    if (map.name() == name) return map;
-    names += names.empty() ? "" : ", ";
-    names += map.name();
-  }
-  throw std::invalid_argument("nearfar::Linear: unknown feature map \"" + std::string(name) + "\", known are " + names +
-                              ".");
+  const std::optional<Map> map = detail::find_feature_map<Map>(name);
+  detail::require(map.has_value(), "feature_map_from_name", "unknown feature map \"", name, "\"; known are ",
+                  map ? "" : detail::known_feature_map_names<Map>(), ".");
+  return *map;
 }
 
 }  // namespace NEARFAR_VERSION_NAMESPACE
