@@ -220,9 +220,9 @@ TEST(AnyAttention, RefusesAValueThatIsNone) {
   }
   EXPECT_EQ(error_of("multipole:block"), must("block of multipole", "a whole number, but has no value"));
   for (const std::string text : {"", "x", "0.5x", "1e999", "inf", "nan", "0.5 0.5"}) {
-    EXPECT_EQ(error_of("softmax:scale=" + text), must("scale of softmax", "a number, but is \"" + text + "\""));
+    EXPECT_EQ(error_of("softmax:scale=" + text), must("scale of softmax", "a number or none, but is \"" + text + "\""));
   }
-  EXPECT_EQ(error_of("softmax:scale"), must("scale of softmax", "a number, but has no value"));
+  EXPECT_EQ(error_of("softmax:scale"), must("scale of softmax", "a number or none, but has no value"));
   EXPECT_EQ(error_of("softmax:causal=yes"), must("causal of softmax", "on or off, but is \"yes\""));
   EXPECT_EQ(error_of("softmax:causal="), must("causal of softmax", "on or off, but is \"\""));
   EXPECT_EQ(error_of("linear:normalizer=rows"),
@@ -412,7 +412,7 @@ TEST(AnyAttention, RefusesStreamsOfWhatCannotStreamOrOfAnotherMechanism) {
 // A mechanism of the user's own, with one option.
 
 struct ConstantOptions {
-  double value = 0;
+  std::optional<double> value = 1;  // 0 where it is not set
 };
 
 template <class T>
@@ -425,7 +425,9 @@ class Constant {
 
   const Heads& heads() const { return heads_; }
   const Options& options() const { return options_; }
-  void forward(const Inputs<T>&, Tokens<T> out) const { out.matrix().setConstant(static_cast<T>(options_.value)); }
+  void forward(const Inputs<T>&, Tokens<T> out) const {
+    out.matrix().setConstant(static_cast<T>(options_.value.value_or(0)));
+  }
 
  private:
   Heads heads_;
@@ -450,6 +452,9 @@ TEST(AnyAttention, TakesAMechanismOfTheUsersOwn) {
   const auto sample = random_sample<double>(heads, 3, 1);
   EXPECT_TRUE(same_bits(run_forward(attention, sample), Matrix<double>(Matrix<double>::Constant(3, 8, 2.5))));
   EXPECT_EQ(Any(heads, "softmax").name(), "softmax");
+  const Any unset(Constant<double>(heads, {.value = std::nullopt}));
+  EXPECT_EQ(unset.line(), "constant:value=none");
+  EXPECT_TRUE(same_bits(run_forward(Any(heads, unset.line()), sample), run_forward(unset, sample)));
   EXPECT_THROW(Any(heads, "constant:valu=1"), std::invalid_argument);
 }
 

@@ -196,8 +196,8 @@ struct StateOf<M> {
 ///   AnyAttention<float> attention(heads, "multipole:block=64,rank=4,causal");
 ///
 /// A line is the name of a mechanism and, after a colon, the options that it sets, with commas between them. An option
-/// that is on or off may be named alone for on. Names and values are those of the mechanism's Options, as the tables
-/// above give them; the others keep their defaults.
+/// that is on or off may be named alone for on; none unsets one that need not be set. Names and values are those of the
+/// mechanism's Options, as the tables above give them; the others keep their defaults.
 ///
 /// It is itself Attention, DifferentiableAttention if all its mechanisms are, and StreamingAttention if one is. A call
 /// costs one branch more than that of the mechanism that is held.

@@ -123,17 +123,20 @@ struct ValueText<Real> {
   static std::string print(Real value) { return text_of_real(value); }
 };
 
-/// Nothing is printed as no text, and no text is read as nothing.
+/// A value that is not set is written as none.
 template <class Value>
 struct ValueText<std::optional<Value>> {
-  static std::string expected() { return ValueText<Value>::expected(); }
+  static std::string expected() { return ValueText<Value>::expected() + " or none"; }
 
   static std::optional<std::optional<Value>> read(std::string_view text) {
+    if (text == "none") return std::optional<Value>();
     if (const auto value = ValueText<Value>::read(text)) return std::optional<Value>(value);
     return std::nullopt;
   }
 
-  static std::string print(const std::optional<Value>& value) { return value ? ValueText<Value>::print(*value) : ""; }
+  static std::string print(const std::optional<Value>& value) {
+    return value ? ValueText<Value>::print(*value) : "none";
+  }
 };
 
 /// The words of an enumeration whose enumerators count from 0, in their order: specialise it as an array.
