@@ -189,6 +189,16 @@ struct StateOf<M> {
   typename M::State state;
 };
 
+template <class M>
+concept ChosenByLine = Attention<M> && requires {
+  typename M::Options;
+} && requires(const M& mechanism, const Heads& heads, const typename M::Options& options) {
+  M(heads, options);
+  { mechanism.options() } -> std::convertible_to<const typename M::Options&>;
+  { LineFormat<typename M::Options>::name } -> std::convertible_to<std::string_view>;
+  LineFormat<typename M::Options>::options();
+};
+
 }  // namespace detail
 
 /// One of several mechanisms, chosen at run time by a line of text, so that an experiment names it in a file:
@@ -203,6 +213,11 @@ struct StateOf<M> {
 /// costs one branch more than that of the mechanism that is held.
 template <class... Mechanisms>
 class AnyAttentionOf {
+  static_assert(
+      (detail::ChosenByLine<Mechanisms> && ...),
+      "nearfar: a mechanism of AnyAttention is an Attention with a type Options, a constructor from heads and "
+      "options, options() const, and a specialisation of nearfar::LineFormat for its Options.");
+
   static constexpr bool differentiable = (DifferentiableAttention<Mechanisms> && ...);
   static constexpr bool streaming = (StreamingAttention<Mechanisms> || ...);
 
@@ -378,7 +393,8 @@ class AnyAttentionOf {
   std::string line_;
 };
 
-/// All of nearfar's mechanisms and any of your own: those need Options, options() and a LineFormat of them.
+/// All of nearfar's mechanisms and any of your own: those need Options, a constructor from heads and options,
+/// options(), and a LineFormat of the Options.
 template <class Scalar, class... Own>
 using AnyAttention = AnyAttentionOf<Softmax<Scalar>, Banded<Scalar>, Linear<Scalar>, Nystrom<Scalar>, Fmm<Scalar>,
                                     Additive<Scalar>, Multipole<Scalar>, Own...>;

@@ -6,6 +6,7 @@
 #include <concepts>
 #include <cstdint>
 #include <span>
+#include <type_traits>
 
 namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
@@ -43,6 +44,9 @@ struct Heads {
 /// sequence. Empty query_offsets mean one sequence; empty key_offsets mean that keys are divided as queries are.
 template <class Scalar>
 struct Inputs {
+  static_assert(std::is_same_v<Scalar, float> || std::is_same_v<Scalar, double>,
+                "nearfar: attention is of float or double, and of no other scalar type.");
+
   Tokens<const Scalar> query;
   Tokens<const Scalar> key;
   Tokens<const Scalar> value;

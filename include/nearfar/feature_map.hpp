@@ -198,6 +198,13 @@ class AnyFeatureMap {
   requires(FeatureMap<Map> && !std::same_as<Map, AnyFeatureMap>) AnyFeatureMap(Map map)
       : model_(std::make_shared<const Model<Map>>(std::move(map))) {}
 
+  template <class Map>
+  requires(!FeatureMap<Map> && requires(const Map& map, float x) { map.value(x); }) AnyFeatureMap(const Map&) {
+    static_assert(detail::never<Map>,
+                  "nearfar: a feature map needs value(x) and derivative(x) const, for float and double, and a static "
+                  "name.");
+  }
+
   std::string_view name() const { return model_->name(); }
 
   /// to(r, c) = phi(from(r, c)) for a rows x cols matrix; `to` may be `from`.
