@@ -1,4 +1,5 @@
-// A mechanism of one's own: a type with Scalar, heads() and forward is an Attention, and fits wherever nearfar's do.
+// A mechanism of one's own: a type with Scalar, heads() and forward is an Attention, and fits wherever nearfar's do. As
+// they do, it checks what it is given before it writes.
 
 #include "encoder_block.hpp"
 
@@ -7,29 +8,29 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
-#include <stdexcept>
 
 /// Average attention: every token sees the plain mean of the values up to its own.
 ///
 ///   out_i = mean_{j <= i} v_j
 ///
 /// Zhang, Xiong and Su, Accelerating Neural Transformer via an Average Attention Network, arXiv 1805.00631, equation 1.
-/// Time O(n) and no memory. Masked keys are left out; a query that sees no key gets a zero row.
+/// Time O(n); memory of one row of values. Masked keys are left out; a query that sees no key gets a zero row.
+/// Throws std::invalid_argument if heads do not fit together or inputs and out do not fit them.
 template <class T>
 class AverageAttention {
  public:
   using Scalar = T;
 
-  explicit AverageAttention(const nearfar::Heads& heads) : heads_(heads) {}
+  explicit AverageAttention(const nearfar::Heads& heads) : heads_(heads) {
+    nearfar::check_heads("AverageAttention", heads);
+  }
 
   const nearfar::Heads& heads() const { return heads_; }
 
   void forward(const nearfar::Inputs<T>& inputs, nearfar::Tokens<T> out) const {
-    if (inputs.value.cols() != heads_.value_cols() || out.cols() != heads_.out_cols() ||
-        inputs.value.rows() != inputs.key.rows() || out.rows() != inputs.query.rows()) {
-      throw std::invalid_argument("AverageAttention: value or out do not fit the heads, the key or the query.");
-    }
+    nearfar::check_inputs<T>("AverageAttention", heads_, inputs, out, nearfar::Lengths::any);
     const Index width = heads_.value_width();
+    nearfar::Matrix<T> sum(1, heads_.value_cols());
     for (Index b = 0; b < nearfar::sequence_count(inputs); ++b) {
       const nearfar::Sequence rows = nearfar::sequence(inputs, b);
       const std::uint8_t* mask = nearfar::key_mask(inputs, rows);
@@ -37,8 +38,8 @@ class AverageAttention {
       auto result = out.middle_rows(rows.query_begin, rows.query_count).matrix();
 
       const nearfar::Band causal(nearfar::Window{}.causal(), rows.query_count, rows.key_count);
-      nearfar::Matrix<T> sum = nearfar::Matrix<T>::Zero(1, heads_.value_cols());
       Index next = 0, seen = 0;
+      sum.setZero();
       for (Index i = 0; i < rows.query_count; ++i) {
         for (; next < causal.end(i); ++next) {
           if (mask != nullptr && mask[next] == 0) continue;

@@ -425,7 +425,8 @@ class Constant {
 
   const Heads& heads() const { return heads_; }
   const Options& options() const { return options_; }
-  void forward(const Inputs<T>&, Tokens<T> out) const {
+  void forward(const Inputs<T>& inputs, Tokens<T> out) const {
+    check_inputs<T>("Constant", heads_, inputs, out, Lengths::any);
     out.matrix().setConstant(static_cast<T>(options_.value.value_or(0)));
   }
 
@@ -452,6 +453,9 @@ TEST(AnyAttention, TakesAMechanismOfTheUsersOwn) {
   const auto sample = random_sample<double>(heads, 3, 1);
   EXPECT_TRUE(same_bits(run_forward(attention, sample), Matrix<double>(Matrix<double>::Constant(3, 8, 2.5))));
   EXPECT_EQ(Any(heads, "softmax").name(), "softmax");
+  auto short_mask = sample;
+  short_mask.key_mask = {1, 1};
+  EXPECT_THROW(run_forward(attention, short_mask), std::invalid_argument);
   const Any unset(Constant<double>(heads, {.value = std::nullopt}));
   EXPECT_EQ(unset.line(), "constant:value=none");
   EXPECT_TRUE(same_bits(run_forward(Any(heads, unset.line()), sample), run_forward(unset, sample)));
@@ -460,8 +464,10 @@ TEST(AnyAttention, TakesAMechanismOfTheUsersOwn) {
 
 // One that trains and streams and takes no context: out is value times a learned number.
 
+enum class Sign { plus, minus };
+
 struct ScaledValueOptions {
-  bool negative = false;
+  Sign sign = Sign::plus;
 };
 
 template <class T>
@@ -484,7 +490,9 @@ class ScaledValue {
   };
 
   explicit ScaledValue(const Heads& its_heads, const Options& options = {})
-      : heads_(its_heads), options_(options), parameters_{Matrix<T>::Constant(1, 1, options.negative ? -1 : 1)} {}
+      : heads_(its_heads),
+        options_(options),
+        parameters_{Matrix<T>::Constant(1, 1, options.sign == Sign::minus ? -1 : 1)} {}
 
   const Heads& heads() const { return heads_; }
   const Options& options() const { return options_; }
@@ -520,11 +528,12 @@ class ScaledValue {
 }  // namespace
 
 template <>
+inline constexpr std::array<std::string_view, 2> nearfar::enumerator_names<Sign>{"plus", "minus"};
+
+template <>
 struct nearfar::LineFormat<ScaledValueOptions> {
   static constexpr std::string_view name = "scaled_value";
-  static constexpr auto options() {
-    return std::array{nearfar::line_option<&ScaledValueOptions::negative>("negative")};
-  }
+  static constexpr auto options() { return std::array{nearfar::line_option<&ScaledValueOptions::sign>("sign")}; }
 };
 
 namespace {
@@ -535,7 +544,8 @@ TEST(AnyAttention, TrainsAndStreamsAMechanismWithoutAContext) {
   const auto sample = random_sample<double>(heads, 3, 1);
   const Matrix<double> grad_out = random_sample<double>(heads, 3, 2).query;
   const Matrix<double> expected = -sample.value;
-  const Any attention(heads, "scaled_value:negative");
+  const Any attention(heads, "scaled_value:sign=minus");
+  EXPECT_EQ(attention.line(), "scaled_value:sign=minus");
   EXPECT_TRUE(same_bits(run_forward(attention, sample), expected));
 
   auto gradients = run_backward(attention, sample, grad_out);

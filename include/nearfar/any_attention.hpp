@@ -21,8 +21,6 @@
 namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
 
-namespace detail {
-
 template <>
 inline constexpr std::array<std::string_view, 2> enumerator_names<Normalizer>{"row_sum", "sqrt_length"};
 
@@ -38,6 +36,8 @@ inline constexpr std::array<std::string_view, 3> enumerator_names<Pooling>{"aver
 
 template <>
 inline constexpr std::array<std::string_view, 2> enumerator_names<QueryPooling>{"unmasked", "all"};
+
+namespace detail {
 
 /// Feature maps by their names: elu+tanh.
 template <std::same_as<AnyFeatureMap> Map>

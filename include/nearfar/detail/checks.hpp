@@ -216,5 +216,15 @@ inline double scale_or_default(const std::optional<double>& scale, const Heads& 
 }
 
 }  // namespace detail
+
+// The checks that a mechanism of your own needs: of its heads when it is made, and of what it is given in every call.
+using detail::check_gradients;
+using detail::check_heads;
+using detail::check_inputs;
+using detail::check_saved;
+using detail::check_stream_inputs;
+using detail::Lengths;
+using detail::require;
+
 }  // namespace NEARFAR_VERSION_NAMESPACE
 }  // namespace nearfar

@@ -15,6 +15,12 @@
 
 namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
+
+/// The words by which a line names the values of an enumeration, whose enumerators count from 0, in their order:
+/// specialise it as an array for the options of a mechanism of your own.
+template <class Enum>
+inline constexpr auto enumerator_names = nullptr;
+
 namespace detail {
 
 // A mechanism and its options as one line of text:
@@ -138,10 +144,6 @@ struct ValueText<std::optional<Value>> {
     return value ? ValueText<Value>::print(*value) : "none";
   }
 };
-
-/// The words of an enumeration whose enumerators count from 0, in their order: specialise it as an array.
-template <class Enum>
-inline constexpr auto enumerator_names = nullptr;
 
 template <class Enum>
 requires std::is_enum_v<Enum>
