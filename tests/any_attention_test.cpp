@@ -244,12 +244,12 @@ TEST(AnyAttention, LeavesWhatDoesNotFitTogetherToTheMechanism) {
   EXPECT_EQ(error_of("multipole:rank=3"), "nearfar::Multipole: rank must divide block, but 3 does not divide 64.");
   EXPECT_EQ(error_of("nystrom:tolerance=1.0000001"),
             "nearfar::Nystrom: tolerance must be 0 or more and less than 1, but is 1.0000001.");
-  EXPECT_EQ(error_of("softmax:scale=-1e-9"), "nearfar::Softmax: scale must be positive and finite, but is -1e-9.");
+  EXPECT_EQ(error_of("softmax:scale=-1e-9"), "nearfar::Softmax: scale must be positive and finite, but is -1e-09.");
 }
 
 TEST(AnyAttention, RefusesAScaleThatIsZeroOrInfiniteInItsScalar) {
   for (const std::string name : {"softmax", "banded", "nystrom", "fmm", "additive", "multipole"}) {
-    for (const std::string scale : {"1e300", "3.5e38", "1e-60"}) {
+    for (const std::string scale : {"1e+300", "3.5e+38", "1e-60"}) {
       const std::string line = name + ":scale=" + scale;
       const std::string end = ": scale must be positive and finite as a float, but is " + scale + ".";
       EXPECT_TRUE(error_of(line).ends_with(end)) << error_of(line);

@@ -2,7 +2,6 @@
 
 #include <nearfar/mask.hpp>
 
-#include <array>
 #include <cmath>
 #include <concepts>
 #include <cstdio>
@@ -18,21 +17,13 @@ namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
 namespace detail {
 
-/// In as few digits as give the same number again, whatever the locale: 0.5, 20, 1e-6. (By the C library: streams cost
-/// every program that includes this more to compile, and not every standard library prints numbers by <charconv>.)
-template <std::floating_point Real>
-std::string text_of_real(Real value) {
-  std::array<char, 32> digits{};
-  for (int count = 3; count <= 17; ++count) {
-    std::snprintf(digits.data(), digits.size(), "%.*g", count, static_cast<double>(value));
-    if (static_cast<Real>(std::strtod(digits.data(), nullptr)) == value) break;
-  }
-  std::string text = digits.data();
-  if (const std::size_t point = text.find_first_not_of("+-0123456789einfa"); point != std::string::npos) {
-    text.replace(point, text.find_first_of("0123456789", point) - point, ".");
-  }
-  if (const std::size_t e = text.find('e'); e != std::string::npos) {
-    text = text.substr(0, e + 1) + std::to_string(std::stoi(text.substr(e + 1)));
+/// In few digits that give the same number again. (By the C library: streams cost every program that includes this
+/// more to compile, and not every standard library prints numbers by <charconv>.)
+inline std::string text_of_real(double value) {
+  char text[32];
+  for (int digits = 3; digits <= 17; ++digits) {
+    std::snprintf(text, sizeof text, "%.*g", digits, value);
+    if (std::strtod(text, nullptr) == value) break;
   }
   return text;
 }

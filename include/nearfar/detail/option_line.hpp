@@ -112,11 +112,11 @@ struct ValueText<bool> {
   static std::string print(bool value) { return value ? "on" : "off"; }
 };
 
+// Streams of the classic locale, because not every standard library converts double by <charconv>.
 template <std::floating_point Real>
 struct ValueText<Real> {
   static std::string expected() { return "a number"; }
 
-  /// By a stream of the classic locale, because not every standard library reads numbers by <charconv>.
   static std::optional<Real> read(std::string_view text) {
     std::istringstream stream{std::string(text)};
     stream.imbue(std::locale::classic());
@@ -126,7 +126,21 @@ struct ValueText<Real> {
     return value;
   }
 
-  static std::string print(Real value) { return text_of_real(value); }
+  /// In few digits that give the same number again: 0.5, 20, 1e-6.
+  static std::string print(Real value) {
+    std::string text;
+    for (int digits = 3; digits <= 17 && read(text) != value; ++digits) {
+      std::ostringstream stream;
+      stream.imbue(std::locale::classic());
+      stream.precision(digits);
+      stream << value;
+      text = stream.str();
+    }
+    if (const std::size_t e = text.find('e'); e != std::string::npos) {
+      text = text.substr(0, e + 1) + std::to_string(std::stoi(text.substr(e + 1)));
+    }
+    return text;
+  }
 };
 
 /// A value that is not set is written as none.
