@@ -127,8 +127,8 @@ class Multipole {
                     "tokens, but causal and pooled_queries are both true.");
     if (options.pooling == Pooling::average) return;
     for (Index l = 1; l <= options.levels; ++l) {
-      parameters_.key.push_back(averaging_convolution(l));
-      parameters_.value.push_back(averaging_convolution(l));
+      parameters_.key.push_back(detail::averaging_convolution<T>(heads.dim, options.rank, window(l)));
+      parameters_.value.push_back(parameters_.key.back());
     }
   }
 
@@ -229,16 +229,6 @@ class Multipole {
   Index window(Index l) const {
     const bool of_tokens = l == 1 || options_.pooling == Pooling::grouped_convolution;
     return of_tokens ? options_.block << (l - 1) : 2 * options_.rank;
-  }
-
-  PoolingConvolution<T> averaging_convolution(Index l) const {
-    const Index rank = options_.rank;
-    const Index share = window(l) / rank;
-    PoolingConvolution<T> level{Matrix<T>::Zero(heads_.dim * rank, window(l)), Matrix<T>::Zero(1, heads_.dim * rank)};
-    for (Index row = 0; row < level.weight.rows(); ++row) {
-      std::fill_n(&level.weight(row, row % rank * share), share, T(1) / static_cast<T>(share));
-    }
-    return level;
   }
 
   const std::uint8_t* query_mask(const Inputs<T>& inputs) const {

@@ -5,6 +5,7 @@
 #include <nearfar/detail/transpose.hpp>
 #include <nearfar/engine/pooling.hpp>
 
+#include <algorithm>
 #include <string_view>
 #include <vector>
 
@@ -43,6 +44,17 @@ void check_convolutions(std::string_view mechanism, std::string_view of, std::st
     check("_w_", l, level.weight, rows, window(l));
     check("_b_", l, level.bias, 1, rows);
   }
+}
+
+/// The convolution that is the average: each row of a group that of its own share of the children.
+template <class T>
+PoolingConvolution<T> averaging_convolution(Index dim, Index rank, Index window) {
+  const Index share = window / rank;
+  PoolingConvolution<T> level{Matrix<T>::Zero(dim * rank, window), Matrix<T>::Zero(1, dim * rank)};
+  for (Index row = 0; row < level.weight.rows(); ++row) {
+    std::fill_n(&level.weight(row, row % rank * share), share, T(1) / static_cast<T>(share));
+  }
+  return level;
 }
 
 /// What the groups of one level pool. Of the children those in `all` are at hand; the others of a group, before them,
