@@ -396,12 +396,11 @@ TEST(Additive, SaysWhatIsWrong) {
               attention.backward(sample.inputs(), out, saved, out, {query, short_key, value}, gradients);
             }),
             "nearfar::Additive: grad_key has 5 rows, but key has 6.");
-  EXPECT_EQ(
-      message_of([&] {
-        attention.backward(sample.inputs(), out, saved, out, {query, key, value}, gradients);
-      }),
-      "nearfar::Additive: saved.query_weights is 0 x 0, but these inputs need 6 x 8: save it by a forward pass over "
-      "them.");
+  EXPECT_EQ(message_of([&] {
+              attention.backward(sample.inputs(), out, saved, out, {query, key, value}, gradients);
+            }),
+            "nearfar::Additive: saved.query_weights is 0 x 0, but these inputs need 6 x " +
+                std::to_string(detail::PoolingShape{4, 5}.padded()) + ": save it by a forward pass over them.");
   attention.forward(sample.inputs(), out, saved);
   saved.key_means.resize(1, 19);
   EXPECT_EQ(
