@@ -179,7 +179,7 @@ class Fmm {
     const Gates gates = open_gates(work);
     detail::extend_window(state.near, detail::tokens_back(window()), inputs, out,
                           [&](const Inputs<T>& seen, Tokens<T> rows) { attend_near(work, gates, seen, rows); });
-    far_.extend(state.far, {.inputs = inputs, .out = out, .weights = gates.far, .add = true}, work);
+    far_.extend_sum(state.far, {.inputs = inputs, .out = out, .weights = gates.far, .add = true}, work);
   }
 
  private:

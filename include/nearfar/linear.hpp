@@ -125,11 +125,11 @@ class Linear {
     detail::check_stream_inputs<T>("Linear", heads_, inputs, out);
     check_state("Linear", state);
     detail::Work work(context);
-    extend(state, {.inputs = inputs, .out = out}, work);
+    extend_sum(state, {.inputs = inputs, .out = out}, work);
   }
 
   /// The same for mechanisms that blend, which check the state and say in `call` what becomes of the result.
-  void extend(State& state, typename detail::KernelSum<T>::Forward call, detail::Work& work) const {
+  void extend_sum(State& state, typename detail::KernelSum<T>::Forward call, detail::Work& work) const {
     call.stream = state.sums.data();
     call.stream_has_keys = state.has_keys;
     sum().forward(call, work);
