@@ -25,7 +25,10 @@ struct InverseStep {
   Tokens<T> outer;
 
   InverseStep(Scratch& scratch, Tokens<T> a, Tokens<T> z) : product(take_product(scratch, rows_of(a), a.rows(), z)) {
-    inner = take_product(scratch, rows_of(a), a.rows(), z, -1);
+    inner = take_small<T>(scratch, a.rows(), a.rows());
+    for (Index i = 0; i < a.rows(); ++i) {
+      for (Index j = 0; j < a.rows(); ++j) inner(i, j) = -product(i, j);
+    }
     add_to_diagonal(7, inner);
     middle = take_product(scratch, rows_of(product), a.rows(), inner, -1);
     add_to_diagonal(15, middle);
