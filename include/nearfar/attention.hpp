@@ -31,6 +31,21 @@ struct Heads {
   bool operator==(const Heads&) const = default;
 };
 
+/// A view of a list in memory, such as a std::vector: the bytes of a mask, or the offsets of a batch. It never owns.
+template <class Element>
+struct List : std::span<const Element> {
+  using std::span<const Element>::span;
+  List(std::span<const Element> list) : std::span<const Element>(list) {}
+
+  template <class Other>
+  requires(!std::is_constructible_v<std::span<const Element>, const Other&>) List(const Other&) {
+    static_assert(
+        detail::never<Other>,
+        "nearfar: a key_mask is a std::vector, array or span of std::uint8_t (not of bool), and offsets are one "
+        "of nearfar::Index: this is neither.");
+  }
+};
+
 /// What attention reads.
 ///
 ///   query  n_q x (heads.query * dim)          key    n_k x (heads.key_value * dim)
@@ -50,9 +65,9 @@ struct Inputs {
   Tokens<const Scalar> query;
   Tokens<const Scalar> key;
   Tokens<const Scalar> value;
-  std::span<const std::uint8_t> key_mask = {};
-  std::span<const Index> query_offsets = {};
-  std::span<const Index> key_offsets = {};
+  List<std::uint8_t> key_mask = {};
+  List<Index> query_offsets = {};
+  List<Index> key_offsets = {};
 };
 
 /// What the backward pass writes: the gradients of query, key and value, each of the shape of what it belongs to.

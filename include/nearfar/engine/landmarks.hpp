@@ -5,7 +5,6 @@
 #include <nearfar/mask.hpp>
 
 #include <algorithm>
-#include <span>
 
 namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
@@ -42,7 +41,7 @@ class Landmarks {
   }
 
   Index count() const { return offsets_[sequences_]; }
-  std::span<const Index> offsets() const { return {offsets_, static_cast<std::size_t>(sequences_) + 1}; }
+  List<Index> offsets() const { return {offsets_, static_cast<std::size_t>(sequences_) + 1}; }
 
   /// The landmarks of sequence b.
   Range of(Index b) const { return {offsets_[b], offsets_[b + 1]}; }
@@ -57,14 +56,14 @@ class Landmarks {
   /// Inputs in which landmark queries stand in the place of the queries.
   template <class T>
   Inputs<T> as_queries(const Inputs<T>& inputs, Tokens<const T> query) const {
-    const auto keys = inputs.key_offsets.empty() ? inputs.query_offsets : inputs.key_offsets;
+    const List<Index> keys = inputs.key_offsets.empty() ? inputs.query_offsets : inputs.key_offsets;
     return {query, inputs.key, inputs.value, inputs.key_mask, keys.empty() ? keys : offsets(), keys};
   }
 
   /// Inputs in which landmarks stand in the place of keys and values.
   template <class T>
   Inputs<T> as_keys(const Inputs<T>& inputs, Tokens<const T> key, Tokens<const T> value) const {
-    const auto queries = inputs.query_offsets;
+    const List<Index> queries = inputs.query_offsets;
     return {inputs.query, key, value, {}, queries, queries.empty() ? queries : offsets()};
   }
 
