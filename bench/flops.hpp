@@ -12,11 +12,12 @@
 //   softmax, banded   4 d a head and visible pair: 2 d for the score, 2 d for the weighted value
 //   multipole         the same, a pooled vector counting as one key; with pooled queries a mean query as one query
 //   linear            4 d d a head, token and feature map, when causal also 4 d a pair inside a chunk of 64
-//   nystrom           8 r d a head and token: three products with r landmarks, and the weighted sums of two of them
+//   nystrom           8 r d a head and token: its scores with r landmarks as query and as key, and two weighted sums
 //   fmm               the sum of its parts
 //   additive          2 a feature and head that it scores for each of two scores, 2 for each mean and for out, 2 D for
 //                     the transform; but its bytes matter: query twice (causal: once), key, value and out once
-//   backward          2.5 times forward
+//   backward          2.5 times forward; additive's bytes: query, key, value and out's gradient (bidirectional: twice)
+//                     read, three gradients written
 //
 // Exponentials, normalisations, pooling and anything of size r^3 are not counted.
 namespace bench {

@@ -8,8 +8,10 @@
 #include <string>
 #include <vector>
 
-// nearfar_bench [--quick] [--filter=REGEX] [--plots=FOLDER] [--benchmark_...]
 int main(int count, char** arguments) try {
+#ifdef NEARFAR_BENCH_OPENBLAS
+  bench::choose_openblas_kernels(arguments);
+#endif
   // Freed memory stays with the process: otherwise a library that takes its matrices anew at each call would be timed
   // mostly at the system's zeroing of pages. It costs nearfar nothing and helps its peers.
   mallopt(M_MMAP_MAX, 0);
@@ -29,6 +31,9 @@ int main(int count, char** arguments) try {
     } else if (argument.starts_with("--plots=")) {
       plots = argument.substr(8);
     } else {
+      if (argument == "--help") {
+        std::printf("nearfar_bench [--quick] [--filter=REGEX] [--plots=FOLDER], and Google Benchmark's own:\n");
+      }
       rest.push_back(arguments[i]);
     }
   }
@@ -58,8 +63,8 @@ int main(int count, char** arguments) try {
     std::fprintf(stderr, "nearfar_bench: no row's name matches --filter=%s\n", filter.c_str());
     return 1;
   }
-  bench::Report report(suite.size(), plots);
-  benchmark::RunSpecifiedBenchmarks(&report, "all");
+  bench::Report report(suite, plots);
+  benchmark::RunSpecifiedBenchmarks(&report);
   return report.failed() ? 1 : 0;
 } catch (const std::exception& error) {
   std::fprintf(stderr, "nearfar_bench: %s\n", error.what());

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <functional>
+#include <stdexcept>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -49,20 +50,18 @@ void fill(nearfar::Matrix<T>& matrix, Index rows, Index cols, std::uint64_t seed
 template <class T>
 Tensors<T>& tensors(Index rows, Index cols, bool gradients = false) {
   static Tensors<T> shared;
+  constexpr Index page = 4096 / Index{sizeof(T)};
+  rows += (page + cols - 1) / cols;
   if (shared.query.rows() < rows || shared.query.cols() != cols) {
-    constexpr Index page = 4096 / Index{sizeof(T)};
-    rows += (page + cols - 1) / cols;
     shared = {};
     fill(shared.query, rows, cols, 1);
     shared.key = shared.query;  // so that like tokens attend to each other
     fill(shared.value, rows, cols, 2);
     shared.out.setZero(rows, cols);
   }
-  if (gradients && shared.grad_out.rows() < shared.query.rows()) {
-    fill(shared.grad_out, shared.query.rows(), cols, 3);
-    for (auto* gradient : {&shared.grad_query, &shared.grad_key, &shared.grad_value}) {
-      gradient->setZero(shared.query.rows(), cols);
-    }
+  if (gradients && shared.grad_out.rows() < rows) {
+    fill(shared.grad_out, rows, cols, 3);
+    for (auto* gradient : {&shared.grad_query, &shared.grad_key, &shared.grad_value}) gradient->setZero(rows, cols);
   }
   return shared;
 }
@@ -167,6 +166,7 @@ double measure(benchmark::State& state, const Suite& suite, int threads, const C
 
   const double time = median(times);
   const double bandwidth = std::max(machine.triad_ordinary(), machine.triad_non_temporal());
+  state.counters["seconds"] = time;
   state.counters["tokens_per_second"] = cost.tokens / time;
   state.counters["gflops"] = cost.flops / time * 1e-9;
   state.counters["percent_of_peak"] = 100 * cost.flops / time * 1e-9 / machine.peak();
@@ -183,6 +183,7 @@ double measure(benchmark::State& state, const Suite& suite, int threads, const C
 template <class T>
 struct Subject {
   using Call = std::function<void(nearfar::Context&)>;
+  using Prepare = std::function<Call(const nearfar::Inputs<T>&, nearfar::Tokens<T> out)>;
 
   std::string family = {};
   std::string mechanism = {};
@@ -191,11 +192,27 @@ struct Subject {
   Reach reach{};
   std::function<double(Index n)> flops = {};
   /// Makes what is timed, for one row.
-  std::function<Call(const nearfar::Inputs<T>&, nearfar::Tokens<T> out)> prepare = {};
-  bool one_query = false;            // decoding: one query against n keys
-  double tensors_moved = 4;          // query, key, value and out once each
-  bool approximates_softmax = true;  // whether out is worth comparing with softmax's
+  Prepare prepare = {};
+  Prepare expected = {};              // makes the out that a peer must come to
+  bool one_query = false;             // decoding: one query against n keys
+  double tensors_moved = 4;           // query, key, value and out once each
+  double tensors_moved_backward = 8;  // query, key, value, out and its gradient are read, three gradients written
+  bool approximates_softmax = true;   // whether out is worth comparing with softmax's
 };
+
+/// Throws if `out` is not what the subject must come to, but for rounding.
+template <class T>
+void check_expected(const Subject<T>& subject, const nearfar::Inputs<T>& inputs, nearfar::Tokens<const T> out) {
+  nearfar::Matrix<T> expected(out.rows(), out.cols());
+  nearfar::Context context;
+  subject.expected(inputs, expected)(context);
+  const double difference = (out.matrix() - expected).cwiseAbs().maxCoeff();
+  const double largest = expected.cwiseAbs().maxCoeff();
+  if (!(difference <= 1e-4 * largest)) {
+    throw std::logic_error("differs from nearfar's result by " + std::to_string(difference) +
+                           ", and the largest of that is " + std::to_string(largest));
+  }
+}
 
 template <class T>
 void run(benchmark::State& state, const Suite& suite, const Subject<T>& subject, const Row& row) {
@@ -213,6 +230,7 @@ void run(benchmark::State& state, const Suite& suite, const Subject<T>& subject,
       state.counters["percent_of_bandwidth"] = 100 * bytes / time * 1e-9 / read;
     }
   }
+  if (subject.expected && row.n <= 2048) check_expected<T>(subject, inputs, out);
   if (subject.approximates_softmax && row.n <= 8192) {
     state.counters["relative_error"] = error_to_softmax<T>(subject.heads, inputs, out, subject.causal);
   }

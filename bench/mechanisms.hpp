@@ -21,6 +21,21 @@ auto forward_of(std::shared_ptr<const A> attention) {
   };
 }
 
+/// Additive attention with scores that peers can have too.
+inline nearfar::Additive<float> additive_attention(const nearfar::AdditiveOptions& options) {
+  nearfar::Additive<float> attention(standard_heads, options);
+  auto& parameters = attention.parameters();
+  fill(parameters.w_q, parameters.w_q.rows(), parameters.w_q.cols(), 4);
+  fill(parameters.w_k, parameters.w_k.rows(), parameters.w_k.cols(), 5);
+  return attention;
+}
+
+/// What a peer's row must come to: the attention's forward pass.
+template <nearfar::Attention A>
+Subject<typename A::Scalar>::Prepare expected_of(A attention) {
+  return forward_of(std::make_shared<const A>(std::move(attention)));
+}
+
 /// The first call goes forward before it goes backward, so that what is saved between the two counts as extra memory.
 template <nearfar::DifferentiableAttention A>
 auto backward_of(std::shared_ptr<const A> attention) {
@@ -58,7 +73,7 @@ void add_attention(Suite& suite, A attention, Subject<typename A::Scalar> subjec
     subject.reach = {subject.reach.quick / 16, subject.reach.full / 4};
     subject.flops = [forward = subject.flops](Index n) { return 2.5 * forward(n); };
     subject.prepare = backward_of(shared);
-    subject.tensors_moved = 8;  // query, key, value, out and its gradient are read, three gradients written
+    subject.tensors_moved = subject.tensors_moved_backward;
     subject.approximates_softmax = false;
     add(suite, subject);
   }

@@ -1,4 +1,4 @@
-#include "measure.hpp"
+#include "mechanisms.hpp"
 
 #include <limits>
 
@@ -41,7 +41,8 @@ void add_eigen(Suite& suite) {
                                  attend(standard_heads, inputs, out, causal, head);
                                });
                              };
-                           }});
+                           },
+                       .expected = expected_of(nearfar::Softmax<float>(standard_heads, {.causal = causal}))});
   }
 }
 

@@ -1,9 +1,12 @@
-#include "measure.hpp"
+#include "mechanisms.hpp"
 
 #include <torch/torch.h>
 
+#include <limits>
 #include <string>
-#include <vector>
+
+// LibTorch multiplies by a BLAS, and does not tell that one how many threads to take.
+extern "C" void openblas_set_num_threads(int) __attribute__((weak));
 
 // What one writes with PyTorch, in its C++ form: batched products over all heads, and the blockwise forms of band,
 // linear and additive attention.
@@ -79,8 +82,9 @@ Tensor additive_attention(const Tensor& query, const Tensor& key, const Tensor& 
 
 using Attend = std::function<Tensor(const Tensor& query, const Tensor& key, const Tensor& value)>;
 
+template <nearfar::Attention A>
 void add_peer(Suite& suite, const char* mechanism, bool causal, Reach reach, std::function<double(Index)> flops,
-              std::function<Attend(Index n)> make) {
+              std::function<Attend(Index n)> make, A expected) {
   add<float>(suite, {.family = "peer/libtorch",
                      .mechanism = mechanism,
                      .causal = causal,
@@ -92,11 +96,13 @@ void add_peer(Suite& suite, const char* mechanism, bool causal, Reach reach, std
                            return [=, attend = make(n)](nearfar::Context& context) {
                              const torch::NoGradGuard forward_only;
                              at::set_num_threads(context.threads());
+                             if (openblas_set_num_threads != nullptr) openblas_set_num_threads(context.threads());
                              by_head(out.data(), n)
                                  .copy_(attend(by_head(inputs.query.data(), n), by_head(inputs.key.data(), n),
                                                by_head(inputs.value.data(), n)));
                            };
                          },
+                     .expected = expected_of(std::move(expected)),
                      .approximates_softmax = std::string(mechanism) != "additive"});
 }
 
@@ -112,28 +118,36 @@ void add_libtorch(Suite& suite) {
           return [=](const Tensor& query, const Tensor& key, const Tensor& value) {
             return softmax_attention(query, key, value, hidden);
           };
-        });
+        },
+        nearfar::Softmax<float>(standard_heads, {.causal = causal}));
     add_peer(
         suite, "banded", causal, {.quick = 4096, .full = 65536},
         [=](Index n) { return flops_of_window(standard_heads, banded_window(causal), n); },
-        [=](Index n) -> Attend { return BlockedBand(banded_window(causal), n); });
+        [=](Index n) -> Attend { return BlockedBand(banded_window(causal), n); },
+        nearfar::Banded<float>(standard_heads, {.window = banded_window(causal), .causal = causal}));
   }
   add_peer(
       suite, "linear", false, {.quick = 4096, .full = 65536},
       [](Index n) { return flops_of_linear(standard_heads, n, 1, false); },
-      [](Index) -> Attend { return linear_attention; });
+      [](Index) -> Attend { return linear_attention; }, nearfar::Linear<float>(standard_heads));
+  const nearfar::AdditiveOptions without_transform{.transform = false};
+  const auto additive = bench::additive_attention(without_transform);
   add_peer(
       suite, "additive", false, {.quick = 4096, .full = 65536},
-      [](Index n) { return flops_of_additive(standard_heads, n, {.transform = false}); },
-      [](Index) -> Attend {
-        const Tensor query_weights = torch::randn({heads * dim, heads});
-        const Tensor key_weights = torch::randn({heads * dim, heads});
+      [=](Index n) { return flops_of_additive(standard_heads, n, without_transform); },
+      [=](Index) -> Attend {
+        const auto weights = [](const nearfar::Matrix<float>& of_heads) {
+          return torch::from_blob(const_cast<float*>(of_heads.data()), {heads, heads * dim}).t().contiguous();
+        };
+        const Tensor query_weights = weights(additive.parameters().w_q);
+        const Tensor key_weights = weights(additive.parameters().w_k);
         return [=](const Tensor& query, const Tensor& key, const Tensor& value) {
           return additive_attention(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), query_weights,
                                     key_weights)
               .transpose(0, 1);
         };
-      });
+      },
+      additive);
 }
 
 }  // namespace bench

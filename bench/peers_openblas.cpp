@@ -1,9 +1,12 @@
-#include "measure.hpp"
+#include "mechanisms.hpp"
 
 #include <cblas.h>
+#include <unistd.h>
 
-#include <cstdio>
+#include <algorithm>
+#include <cstdlib>
 #include <limits>
+#include <string>
 
 // What one builds by hand from a fast BLAS: the same algorithms in blocks, each product a call of sgemm, a head's block
 // of rows a task, OpenBLAS itself on one thread.
@@ -143,26 +146,48 @@ void attend_linearly(const nearfar::Heads& heads, bool causal, const nearfar::In
 
 }  // namespace
 
+void choose_openblas_kernels(char** arguments) {
+#if defined(__AVX512F__)
+  const char* const core = "SkylakeX";
+#elif defined(__AVX2__)
+  const char* const core = "Haswell";
+#else
+  const char* const core = nullptr;
+#endif
+  const auto without_them = {"Prescott", "Core2", "Penryn", "Dunnington", "Nehalem", "Atom"};
+  const bool chosen_badly = std::count(without_them.begin(), without_them.end(), std::string(openblas_get_corename()));
+  if (core == nullptr || !chosen_badly || std::getenv("OPENBLAS_CORETYPE") != nullptr) return;
+  // It chooses when it is loaded.
+  setenv("OPENBLAS_CORETYPE", core, 1);
+  execv("/proc/self/exe", arguments);
+}
+
 void add_openblas(Suite& suite) {
-  openblas_set_num_threads(1);
-  // One that is older than the machine may take it for a very old one.
-  std::printf("OpenBLAS takes its kernels for %s; OPENBLAS_CORETYPE names others\n", openblas_get_corename());
-  const auto add_peer = [&suite](const char* mechanism, bool causal, Index quick, auto flops, auto attend_with) {
+  suite.note(std::string("OpenBLAS, LibTorch's products too, takes its kernels for ") + openblas_get_corename() +
+             "; OPENBLAS_CORETYPE names others.");
+  const auto add_peer = [&suite](const char* mechanism, bool causal, Index quick, auto flops, auto attend_with,
+                                 auto attention) {
     add<float>(suite, {.family = "peer/openblas",
                        .mechanism = mechanism,
                        .causal = causal,
                        .reach = {.quick = quick, .full = 4 * quick},
                        .flops = flops,
-                       .prepare = [=](const auto& inputs, auto out) {
-                         return [=](nearfar::Context& context) { attend_with(inputs, out, context); };
-                       }});
+                       .prepare =
+                           [=](const auto& inputs, auto out) {
+                             return [=](nearfar::Context& context) {
+                               openblas_set_num_threads(1);
+                               attend_with(inputs, out, context);
+                             };
+                           },
+                       .expected = expected_of(attention)});
   };
   const auto add_window = [&](const char* mechanism, bool causal, nearfar::Window window, Index quick) {
     add_peer(
         mechanism, causal, quick, [=](Index n) { return flops_of_window(standard_heads, window, n); },
         [=](const auto& inputs, auto out, nearfar::Context& context) {
           attend(standard_heads, window, inputs, out, context);
-        });
+        },
+        nearfar::Banded<float>(standard_heads, {.window = window, .causal = causal}));
   };
   for (const bool causal : {false, true}) {
     add_window("softmax", causal, full_window(causal), 4096);
@@ -171,7 +196,8 @@ void add_openblas(Suite& suite) {
         "linear", causal, 16384, [=](Index n) { return flops_of_linear(standard_heads, n, 1, causal); },
         [=](const auto& inputs, auto out, nearfar::Context& context) {
           attend_linearly(standard_heads, causal, inputs, out, context);
-        });
+        },
+        nearfar::Linear<float>(standard_heads, {.causal = causal}));
   }
 }
 

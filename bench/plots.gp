@@ -42,7 +42,7 @@ do for [format in "png svg"] {
   set xtics auto
   set format x '%g'
   set format y '%g'
-  set xlabel 'flops a byte of query, key, value and out'
+  set xlabel 'flops a byte that has to move'
   set ylabel 'GFLOP/s'
   set yrange [1:2 * peak]
   set xrange [0.5:*]

@@ -15,7 +15,7 @@
 #include <thread>
 #include <vector>
 
-// What the machine can do at this moment, measured in the same process as the kernels, just before and after each.
+// What the machine can do at this moment, measured in the same process as the kernels, around each.
 namespace bench {
 
 using nearfar::Index;
@@ -31,19 +31,23 @@ inline double median(std::vector<double> values) {
   return *middle;
 }
 
-/// Runs body(thread) on `threads` threads at once, `repetitions` times, and gives the seconds that each time took.
+/// Runs body(thread) on `threads` threads at once, `repetitions` times, and gives the seconds that each time took, from
+/// when the first thread began to when the last one ended.
 template <class Body>
 std::vector<double> seconds_of(int threads, int repetitions, Body&& body) {
   std::vector<double> seconds;
+  std::vector<double> begin(static_cast<std::size_t>(threads)), end(begin);
   std::barrier start(threads);
-  std::barrier stop(threads);
+  std::barrier stop(threads, [&]() noexcept {
+    seconds.push_back(*std::max_element(end.begin(), end.end()) - *std::min_element(begin.begin(), begin.end()));
+  });
   const auto run = [&](int thread) {
     for (int repetition = 0; repetition < repetitions; ++repetition) {
       start.arrive_and_wait();
-      const double begin = now();
+      begin[static_cast<std::size_t>(thread)] = now();
       body(thread);
+      end[static_cast<std::size_t>(thread)] = now();
       stop.arrive_and_wait();
-      if (thread == 0) seconds.push_back(now() - begin);
     }
   };
   std::vector<std::jthread> others;

@@ -10,6 +10,16 @@
 namespace bench {
 namespace {
 
+/// Why a row could not be measured; empty if it was. Google Benchmark 1.8 has other names for it.
+template <class Run>
+std::string error_of(const Run& run) {
+  if constexpr (requires { run.error_occurred; }) {
+    return run.error_occurred ? run.error_message : "";
+  } else {
+    return run.skipped ? run.skip_message : "";
+  }
+}
+
 /// The row that a name names.
 Row parsed(const std::string& name) {
   const auto threads = name.rfind("/threads:");
@@ -36,19 +46,19 @@ bool Report::ReportContext(const Context& context) {
   std::printf(
       "%zu rows on %d cores; each: first call counts memory, then timed calls between two samples of the machine\n\n",
       rows_, context.cpu_info.num_cpus);
+  for (const std::string& note : notes_) std::printf("%s\n\n", note.c_str());
   return true;
 }
 
 void Report::ReportRuns(const std::vector<Run>& runs) {
   for (const Run& run : runs) {
     if (run.run_type == Run::RT_Aggregate) continue;
-    Result result{parsed(run.run_name.function_name), 0, {}, run.error_occurred ? run.error_message : ""};
+    Result result{parsed(run.run_name.function_name), 0, {}, error_of(run)};
     for (const auto& [name, counter] : run.counters) result.counters[name] = counter.value;
-    const double queries = result.row.mechanism == "softmax_decode" ? 1 : static_cast<double>(result.row.n);
-    result.seconds = queries / result.counter("tokens_per_second");
+    result.seconds = result.counter("seconds");
     std::printf("[%3zu/%zu] %-58s ", results_.size() + 1, rows_, result.row.name().c_str());
-    if (run.error_occurred) {
-      std::printf("failed: %s\n", run.error_message.c_str());
+    if (!result.error.empty()) {
+      std::printf("failed: %s\n", result.error.c_str());
     } else {
       std::printf("%9s  %6.1f GFLOP/s %5.1f %%  %5.1f GB/s %5.1f %%  +%s\n", time_text(result.seconds).c_str(),
                   result.counter("gflops"), result.counter("percent_of_peak"), result.counter("gbytes_per_second"),
@@ -61,6 +71,7 @@ void Report::ReportRuns(const std::vector<Run>& runs) {
 
 void Report::Finalize() {
   print_tables(results_);
+  for (const std::string& note : notes_) std::printf("  %s\n", note.c_str());
   if (!plots_.empty()) write_plots(results_, plots_);
 }
 

@@ -25,8 +25,9 @@ struct Result {
 /// Shows each row as it is done; at the end prints the tables, and writes what the plots are drawn from.
 class Report : public benchmark::BenchmarkReporter {
  public:
-  /// Expects `rows` rows. `plots` is the folder for the data of the plots; none are written if it is empty.
-  Report(std::size_t rows, std::string plots) : rows_(rows), plots_(std::move(plots)) {}
+  /// `plots` is the folder for the data of the plots; none are written if it is empty.
+  Report(const Suite& suite, std::string plots)
+      : rows_(suite.size()), notes_(suite.notes()), plots_(std::move(plots)) {}
 
   bool ReportContext(const Context& context) override;
   void ReportRuns(const std::vector<Run>& runs) override;
@@ -37,6 +38,7 @@ class Report : public benchmark::BenchmarkReporter {
 
  private:
   std::size_t rows_;
+  std::vector<std::string> notes_;
   std::string plots_;
   std::vector<Result> results_;
 };

@@ -1,8 +1,8 @@
 #include "suite.hpp"
 
-#include <algorithm>
+#include <nearfar/detail/parallel.hpp>
+
 #include <exception>
-#include <thread>
 
 namespace bench {
 
@@ -12,14 +12,14 @@ std::string Row::name() const {
 }
 
 Suite::Suite(bool quick, const std::string& filter) : quick_(quick), filter_(filter, std::regex::extended) {
-  const int all = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  const int all = nearfar::detail::available_processors();
   thread_counts_ = {1};
   if (all > 1) thread_counts_.push_back(all);
 }
 
-std::vector<Index> Suite::lengths(Reach reach, Index first) const {
+std::vector<Index> Suite::lengths(Reach reach) const {
   std::vector<Index> lengths;
-  for (Index n = first; n <= (quick_ ? reach.quick : reach.full); n *= quick_ ? 4 : 2) lengths.push_back(n);
+  for (Index n = 256; n <= (quick_ ? reach.quick : reach.full); n *= quick_ ? 4 : 2) lengths.push_back(n);
   return lengths;
 }
 

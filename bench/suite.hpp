@@ -7,6 +7,7 @@
 #include <functional>
 #include <regex>
 #include <string>
+#include <utility>
 #include <vector>
 
 // Which rows the benchmark has: every mechanism at every length, direction and number of threads.
@@ -46,22 +47,27 @@ class Suite {
 
   bool quick() const { return quick_; }
 
-  /// One thread, and all that the machine offers.
+  /// One thread, and one for each processor.
   const std::vector<int>& thread_counts() const { return thread_counts_; }
 
   /// Powers of two from 256 on; of four in the short run.
-  std::vector<Index> lengths(Reach reach, Index first = 256) const;
+  std::vector<Index> lengths(Reach reach) const;
 
   /// Registers the row if the filter lets it through.
   void add(const Row& row, std::function<void(benchmark::State&)> body);
 
   std::size_t size() const { return size_; }
 
+  /// What one has to know of the whole run to read its numbers; shown before them and after.
+  void note(std::string text) { notes_.push_back(std::move(text)); }
+  const std::vector<std::string>& notes() const { return notes_; }
+
  private:
   bool quick_;
   std::regex filter_;
   std::vector<int> thread_counts_;
   std::size_t size_ = 0;
+  std::vector<std::string> notes_;
 };
 
 // Each adds its rows.
@@ -75,5 +81,9 @@ void add_multipole(Suite& suite, bool causal);
 void add_eigen(Suite& suite);
 void add_openblas(Suite& suite);
 void add_libtorch(Suite& suite);
+
+/// Starts the program again if OpenBLAS has taken the machine for one without its vectors, as one older than the
+/// machine does: then its kernels have a fraction of the speed that others of its own have there.
+void choose_openblas_kernels(char** arguments);
 
 }  // namespace bench

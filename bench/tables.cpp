@@ -173,7 +173,7 @@ void print_crossings(const View& view) {
       if (ours == nullptr || softmax == nullptr) continue;
       const double ratio = softmax->seconds / ours->seconds;
       if (ratio < 1) {
-        losses += text(" %.2fx at %td", ratio, n);
+        losses += text(ratio < 0.99 ? " %.2fx at %td" : " %.3fx at %td", ratio, n);
         crossing.clear();
       } else if (crossing.empty()) {
         crossing = text("faster from n = %td on", n);
@@ -191,7 +191,7 @@ void print_crossings(const View& view) {
     if (!title) std::printf("\n%s: where softmax is passed\n", view.title().c_str());
     title = true;
     std::printf("  %-18s %s%s%s\n", mechanism.c_str(),
-                crossing.empty() ? "never faster where both were measured" : crossing.c_str(),
+                crossing.empty() ? "not faster at the longest length of both" : crossing.c_str(),
                 losses.empty() ? "" : "; slower:", losses.c_str());
   }
 }
@@ -229,11 +229,12 @@ void print_growth(const View& view) {
               });
 }
 
-double median_of(const std::vector<Result>& results, const char* counter, int threads) {
+/// 0 where no row has been measured that shows it. The peak is that of float.
+double median_of(const std::vector<Result>& results, const std::string& counter, int threads) {
   std::vector<double> values;
   for (const Result& result : results) {
-    if (result.row.threads != threads || !result.error.empty() || result.row.mechanism.ends_with("_double")) continue;
-    values.push_back(result.counter(counter));
+    const bool other_peak = counter == "peak_gflops" && result.row.mechanism.ends_with("_double");
+    if (result.row.threads == threads && result.error.empty() && !other_peak) values.push_back(result.counter(counter));
   }
   return median(values);
 }
@@ -254,29 +255,32 @@ void print_tables(const std::vector<Result>& results) {
     }
   };
   for_each_view(print_against_softmax);
+  for_each_view([](const View& view) { print_against_softmax(view.with_family("backward")); });
   for_each_view(print_crossings);
   for_each_view(print_percentages);
   for_each_view([](const View& view) { print_percentages(view.with_family("backward")); });
   for_each_view(print_peers);
-  const int all = counts.empty() ? 1 : *counts.rbegin();
   for (const bool causal : {false, true}) {
-    const View one{results, "forward", causal, 1};
-    if (all > 1) {
-      print_scaling(one, all);
-      print_scaling(one.with_family("backward"), all);
+    const View fewest{results, "forward", causal, counts.empty() ? 1 : *counts.begin()};
+    if (counts.size() > 1) {
+      print_scaling(fewest, *counts.rbegin());
+      print_scaling(fewest.with_family("backward"), *counts.rbegin());
     }
-    print_growth(one);
-    print_errors(one);
+    print_growth(fewest);
+    print_errors(fewest);
   }
   std::printf("\nThe machine during the run (medians over all rows)\n");
   for (const int threads : counts) {
-    std::printf(
-        "  threads:%d  FMA peak %.1f GFLOP/s in float (%.1f flops a cycle at %.2f GHz)  triad %.1f GB/s, with "
-        "non-temporal stores %.1f GB/s\n",
-        threads, median_of(results, "peak_gflops", threads),
-        median_of(results, "peak_gflops", threads) * 1e9 / clock_bound(), clock_bound() * 1e-9,
-        median_of(results, "triad_gbytes_per_second", threads),
-        median_of(results, "triad_non_temporal_gbytes_per_second", threads));
+    if (median_of(results, "triad_gbytes_per_second", threads) == 0) continue;
+    std::printf("  threads:%d ", threads);
+    if (const double peak = median_of(results, "peak_gflops", threads); peak > 0) {
+      const double clock = clock_bound();
+      std::printf(" FMA peak %.1f GFLOP/s in float (%.1f flops a cycle at %.2f GHz) ", peak, peak * 1e9 / clock,
+                  clock * 1e-9);
+    }
+    std::printf(" triad %.1f GB/s, with non-temporal stores %.1f GB/s\n",
+                median_of(results, "triad_gbytes_per_second", threads),
+                median_of(results, "triad_non_temporal_gbytes_per_second", threads));
   }
   for (const Result& result : results) {
     if (!result.error.empty()) std::printf("\n%s failed: %s\n", result.row.name().c_str(), result.error.c_str());

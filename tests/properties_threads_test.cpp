@@ -2,6 +2,10 @@
 
 #include <thread>
 
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
 // Results do not depend on threads: neither on how many a context has, nor on who else uses the attention.
 
 namespace nearfar::test {
@@ -64,6 +68,18 @@ TEST_P(Threads, SeveralCallersMayShareAnAttentionAndAContext) {
   for (std::thread& caller : callers) caller.join();
   for (const Matrix<float>& result : results) EXPECT_TRUE(same_bits(result, expected));
 }
+
+#if defined(__linux__)
+TEST(AContext, HasNoMoreThreadsThanThereAreProcessorsForItsProcess) {
+  std::thread([] {
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(sched_getcpu(), &one);
+    ASSERT_EQ(sched_setaffinity(0, sizeof one, &one), 0);
+    EXPECT_EQ(Context().threads(), 1);
+  }).join();
+}
+#endif
 
 }  // namespace
 }  // namespace nearfar::test

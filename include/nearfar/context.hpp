@@ -8,7 +8,6 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
-#include <thread>
 #include <vector>
 
 namespace nearfar {
@@ -25,7 +24,7 @@ class Work;
 /// each. Results do not depend on the number of threads. A second call of the same shapes allocates nothing.
 class Context {
  public:
-  /// A context of `threads` threads, the caller's among them; 0 takes as many as the machine offers.
+  /// A context of `threads` threads, the caller's among them; 0 takes as many as there are processors for this process.
   explicit Context(int threads = 0) : crew_(checked(threads)), scratch_(static_cast<std::size_t>(crew_.size())) {}
 
   int threads() const { return crew_.size(); }
@@ -53,9 +52,7 @@ class Context {
       throw std::invalid_argument("nearfar::Context: threads must be 0 (all) or more, but is " +
                                   std::to_string(threads) + ".");
     }
-    if (threads > 0) return threads;
-    const unsigned offered = std::thread::hardware_concurrency();
-    return offered == 0 ? 1 : static_cast<int>(offered);
+    return threads > 0 ? threads : detail::available_processors();
   }
 
   mutable std::mutex mutex_;
@@ -64,7 +61,7 @@ class Context {
   std::vector<detail::Scratch> scratch_;
 };
 
-/// The context of calls that name none: all the machine's threads, made at first use.
+/// The context of calls that name none: a thread for each processor, made at first use.
 inline Context& default_context() {
   static Context context;
   return context;

@@ -18,30 +18,35 @@ unknown_argument() { fail "unknown argument $1; see --help."; }
 # need_value OPTION [VALUE]...: fails unless the option is followed by one.
 need_value() { [ $# -ge 2 ] || fail "$1 needs a value; see --help."; }
 
-as_root() {
-  if [ "$(id -u)" -eq 0 ]; then
-    "$@"
-  elif command -v sudo >/dev/null; then
-    sudo "$@"
-  else
-    fail "this needs root, and there is no sudo. Run as root: $*"
-  fi
-}
-
-# need_packages PACKAGE...: installs those Debian packages that are missing, after saying so.
-need_packages() {
-  if ! command -v apt-get >/dev/null; then
-    fail "this system has no apt-get. Install (by their Debian names): $*. Then build with CMake as README.md says."
-  fi
-  local package missing=()
+# install_packages PACKAGE...: installs those Debian packages that are missing, after saying so. Where it cannot it fails,
+# and `missing` has their names.
+install_packages() {
+  local package as_root=(sudo)
+  missing=()
   for package in "$@"; do
     [ "$(dpkg-query --show --showformat '${db:Status-Status}' "$package" 2>/dev/null)" = installed ] ||
       missing+=("$package")
   done
   [ ${#missing[@]} -gt 0 ] || return 0
+  [ "$(id -u)" -ne 0 ] || as_root=(env)
+  command -v apt-get >/dev/null && command -v "${as_root[0]}" >/dev/null || return 1
   say "Installing Debian packages: ${missing[*]}"
-  as_root apt-get update --quiet
-  as_root env DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes --no-install-recommends "${missing[@]}"
+  "${as_root[@]}" apt-get update --quiet &&
+    "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
+      apt-get install --quiet --yes --no-install-recommends "${missing[@]}"
+}
+
+# need_packages PACKAGE...: installs what is missing, or fails.
+need_packages() {
+  if ! command -v apt-get >/dev/null; then
+    fail "this system has no apt-get. Install (by their Debian names): $*. Then build with CMake as README.md says."
+  fi
+  install_packages "$@" || fail "these packages could not be installed. As root: apt-get install ${missing[*]}"
+}
+
+# want_packages PACKAGE...: likewise for what can be done without.
+want_packages() {
+  install_packages "$@" || say "Going on without ${missing[*]}"
 }
 
 # configure_and_build DIR [-DOPTION=VALUE]... [TARGET]...: configures the checkout into DIR with the options and builds

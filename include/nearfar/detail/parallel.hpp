@@ -12,9 +12,23 @@
 #include <thread>
 #include <vector>
 
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
 namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
 namespace detail {
+
+/// How many processors this process may run on, which can be fewer than the machine has.
+inline int available_processors() {
+#if defined(__linux__)
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) return CPU_COUNT(&allowed);
+#endif
+  const unsigned offered = std::thread::hardware_concurrency();
+  return offered == 0 ? 1 : static_cast<int>(offered);
+}
 
 /// A crew of threads that share out numbered tasks: the caller and `size - 1` waiting threads.
 ///
