@@ -149,7 +149,8 @@ TEST(Linear, WeighsEachMapHeadAndFeatureAndAddsToOut) {
     Context context(2);
     {
       detail::Work work(context);
-      attention.sum().forward({.inputs = inputs, .out = out, .weights = weights, .add = true}, work);
+      detail::kernel_sum<double>(heads, attention.options())
+          .forward({.inputs = inputs, .out = out, .weights = weights, .add = true}, work);
     }
     Matrix<double> expected = before;
     for (Index r = 0; r < 2; ++r) {

@@ -58,7 +58,7 @@ struct AdditiveParameters {
 /// Shapes: query and out n x D with D = heads.query * dim, key and value n x (heads.key_value * dim): values as wide as
 /// keys, as many keys as queries.
 /// Time O(n D heads), or O(n D) with per-head weights, and n D^2 for the transform. Memory beside inputs and out:
-/// O(D (heads + D)), and O(D) for each sequence and its every 128 tokens, though at most 64 times a sequence; backward
+/// O(D (heads + D)), and for each sequence O(D), bidirectional for every 128 tokens, at most 64 times; backward
 /// of the causal form with the transform one n x D matrix more. A second call of the same shapes allocates nothing.
 ///
 /// The key mask takes tokens out of both softmaxes: their keys are not read, their queries and values only for their
@@ -179,9 +179,7 @@ class Additive {
     const Index width = heads_.query_cols();
     const Index seen = options_.per_head_weights ? heads_.dim : width;
     const auto check = [&](std::string_view matrix, const Matrix<T>& m, bool present, Index rows, Index cols) {
-      if (!present) rows = cols = 0;
-      detail::require(m.rows() == rows && m.cols() == cols, name, of, matrix, " must be ", rows, " x ", cols,
-                      ", but is ", m.rows(), " x ", m.cols(), ".");
+      detail::check_parameter(name, m, present ? rows : 0, present ? cols : 0, of, matrix);
     };
     check("w_q", p.w_q, true, heads_.query, seen);
     check("w_k", p.w_k, true, heads_.query, seen);

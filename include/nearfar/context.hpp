@@ -94,8 +94,8 @@ class Work {
     return context_.shared_.take<T>(count);
   }
 
-  /// Runs task(index, scratch) for each index in [0, count), in any order and on any thread; what a task takes of its
-  /// scratch is given back when it ends.
+  /// Runs task(index, scratch) for each index in [0, count), on any thread. Tasks begin in the order of their indices,
+  /// which Turns relies on, and end in any; what a task takes of its scratch is given back when it ends.
   void for_each(Index count, FunctionRef<void(Index, Scratch&)> task) {
     context_.crew_.run(count, [&](Index index, int worker) {
       Scratch& scratch = context_.scratch_[static_cast<std::size_t>(worker)];

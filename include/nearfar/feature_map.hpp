@@ -31,12 +31,6 @@ concept FeatureMap = requires(const Map& map, float x, double y) {
 namespace detail {
 
 // The maps below are written once, for a number or for a packet of numbers (V).
-using Eigen::internal::pabs;
-using Eigen::internal::pdiv;
-using Eigen::internal::plog;
-using Eigen::internal::pmin;
-using Eigen::internal::pnegate;
-
 template <class V>
 using LaneOf = typename Eigen::internal::unpacket_traits<V>::type;
 
@@ -51,7 +45,7 @@ NEARFAR_INLINE V exp_nonpositive(const V& x) {
   if constexpr (std::floating_point<V>) {
     return std::exp(x);
   } else {
-    return exp2<LaneOf<V>>(pmul(x, constant<V>(1.4426950408889634)));
+    return exp2<LaneOf<V>>(pmul(x, constant<V>(log2_e<double>)));
   }
 }
 

@@ -86,11 +86,14 @@ class Fmm {
   /// What a stream remembers: the last window.left keys and values, as Banded, and the sums of Linear.
   struct State {
     detail::KeyValueCache<T> near;
-    typename Linear<T>::State far;
+    typename detail::KernelSum<T>::State far;
   };
 
-  explicit Fmm(const Heads& heads, const Options& options = {})
-      : heads_(heads), options_(options), far_(checked(heads, options), linear_options(options)) {
+  explicit Fmm(const Heads& heads, const Options& options = {}) : heads_(heads), options_(options) {
+    detail::check_heads(name, heads);
+    detail::check_scale<T>(name, options.scale);
+    detail::check_window(name, options.window);
+    detail::check_linear(name, options.feature_maps, options.eps);
     parameters_.near.setZero(weight_rows(), weight_cols());
     parameters_.far.assign(options.feature_maps.size(), Matrix<T>::Ones(weight_rows(), weight_cols()));
   }
@@ -106,7 +109,7 @@ class Fmm {
     detail::Work work(context);
     const Gates gates = open_gates(work);
     attend_near(work, gates, inputs, out);
-    far_.sum().forward({.inputs = inputs, .out = out, .weights = gates.far, .add = true}, work);
+    far().forward({.inputs = inputs, .out = out, .weights = gates.far, .add = true}, work);
   }
 
   void forward(const Inputs<T>& inputs, Tokens<T> out, Saved& saved, Context& context = default_context()) const {
@@ -118,12 +121,12 @@ class Fmm {
     saved.log_sum_exp.resize(heads_.query, inputs.query.rows());
     detail::window_attention(work, heads_, window(), scale(), inputs, Tokens<T>(saved.near), saved.log_sum_exp.data());
     weigh(work, saved.near, gates.near, out);
-    far_.sum().forward({.inputs = inputs,
-                        .out = out,
-                        .weights = gates.far,
-                        .add = true,
-                        .inverse_normalizer = &saved.inverse_normalizer},
-                       work);
+    far().forward({.inputs = inputs,
+                   .out = out,
+                   .weights = gates.far,
+                   .add = true,
+                   .inverse_normalizer = &saved.inverse_normalizer},
+                  work);
   }
 
   /// Memory beside inputs and gradients: one array of the size of out, and what the parts need.
@@ -150,21 +153,21 @@ class Fmm {
     detail::softmax_delta<T>(work, heads_, saved.near, grad_near, delta);
     detail::window_gradient<T>(work, heads_, window(), scale(), inputs, saved.log_sum_exp.data(), grad_near, delta,
                                grad_inputs);
-    far_.sum().backward({.inputs = inputs,
-                         .grad_out = grad_out,
-                         .inverse_normalizer = saved.inverse_normalizer,
-                         .grad = grad_inputs,
-                         .weights = gates.far,
-                         .grad_weights = grad_gates.middle_rows(heads_.query, maps() * heads_.query),
-                         .add = true},
-                        work);
+    far().backward({.inputs = inputs,
+                    .grad_out = grad_out,
+                    .inverse_normalizer = saved.inverse_normalizer,
+                    .grad = grad_inputs,
+                    .weights = gates.far,
+                    .grad_weights = grad_gates.middle_rows(heads_.query, maps() * heads_.query),
+                    .add = true},
+                   work);
     close_gates(gates, grad_gates, grad_parameters);
   }
 
   /// A stream that has seen nothing. The attention must be causal and normalised by row_sum. `room` as in Banded.
   State start(Index room = 0) const {
     detail::check_linear_stream(name, options_.causal, options_.normalizer);
-    return {detail::start_window<T>(name, heads_, detail::tokens_back(window()), room), far_.start()};
+    return {detail::start_window<T>(name, heads_, detail::tokens_back(window()), room), far().start()};
   }
 
   /// Appends tokens, with as many queries as keys, to a stream and writes their rows of out. The blend weights may
@@ -173,13 +176,13 @@ class Fmm {
     detail::check_linear_stream(name, options_.causal, options_.normalizer);
     detail::check_stream_inputs<T>(name, heads_, inputs, out);
     detail::check_cache(name, heads_, state.near);
-    far_.check_state(name, state.far);
+    far().check_state(name, state.far);
     check_parameters(parameters_, "");
     detail::Work work(context);
     const Gates gates = open_gates(work);
     detail::extend_window(state.near, detail::tokens_back(window()), inputs, out,
                           [&](const Inputs<T>& seen, Tokens<T> rows) { attend_near(work, gates, seen, rows); });
-    far_.extend_sum(state.far, {.inputs = inputs, .out = out, .weights = gates.far, .add = true}, work);
+    far().forward({.inputs = inputs, .out = out, .weights = gates.far, .add = true, .state = &state.far}, work);
   }
 
  private:
@@ -191,22 +194,7 @@ class Fmm {
     Tokens<const T> far;
   };
 
-  static const Heads& checked(const Heads& heads, const Options& options) {
-    detail::check_heads(name, heads);
-    detail::check_scale<T>(name, options.scale);
-    detail::check_window(name, options.window);
-    detail::check_linear(name, options.feature_maps, options.eps);
-    return heads;
-  }
-
-  static LinearOptions linear_options(const Options& options) {
-    return {.feature_maps = options.feature_maps,
-            .causal = options.causal,
-            .normalizer = options.normalizer,
-            .eps = options.eps,
-            .normalize_features = options.normalize_features};
-  }
-
+  detail::KernelSum<T> far() const { return detail::kernel_sum<T>(heads_, options_); }
   Window window() const { return options_.causal ? options_.window.causal() : options_.window; }
   double scale() const { return detail::scale_or_default(options_.scale, heads_); }
 
@@ -277,7 +265,7 @@ class Fmm {
   }
 
   static constexpr Index block_rows = 512;
-  static Index blocks(Index rows) { return (rows + block_rows - 1) / block_rows; }
+  static Index blocks(Index rows) { return detail::ceil_div(rows, block_rows); }
 
   template <class Visit>
   static void for_each_block(detail::Work& work, Index rows, Visit&& visit) {
@@ -292,17 +280,14 @@ class Fmm {
   void check_parameters(const Parameters& p, std::string_view of) const {
     detail::require(p.far.size() == options_.feature_maps.size(), name, of, "w_far must be ",
                     options_.feature_maps.size(), " matrices, one a feature map, but is ", p.far.size(), ".");
-    const auto check = [&](const std::string& matrix, const Matrix<T>& m) {
-      detail::require(m.rows() == weight_rows() && m.cols() == weight_cols(), name, of, matrix, " must be ",
-                      weight_rows(), " x ", weight_cols(), ", but is ", m.rows(), " x ", m.cols(), ".");
-    };
-    check("w_near", p.near);
-    for (std::size_t r = 0; r < p.far.size(); ++r) check("w_far_" + std::to_string(r), p.far[r]);
+    detail::check_parameter(name, p.near, weight_rows(), weight_cols(), of, "w_near");
+    for (std::size_t r = 0; r < p.far.size(); ++r) {
+      detail::check_parameter(name, p.far[r], weight_rows(), weight_cols(), of, "w_far_", r);
+    }
   }
 
   Heads heads_;
   Options options_;
-  Linear<T> far_;
   Parameters parameters_;
 };
 

@@ -5,32 +5,13 @@
 #include <nearfar/feature_map.hpp>
 
 #include <cmath>
+#include <optional>
 #include <span>
+#include <string_view>
 #include <vector>
 
 namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
-
-// Linear attention: inner products of feature maps take the place of the softmax's exponential, so that the sum over
-// keys can be taken before the query is known.
-//
-//   out_i = sum_r  phi_r(q_i) S_r / normalizer_ri,    S_r = sum_j phi_r(k_j)^T v_j
-//
-//   row_sum      normalizer_ri = phi_r(q_i) . sum_j phi_r(k_j) + eps
-//   sqrt_length  normalizer    = sqrt(n_k), of all keys of the sequence, also with a key mask or causal
-//
-// with j over the keys that query i sees.
-// Shapes: as in attention.hpp; n_q and n_k, and dim and value_dim, may differ; causal is aligned at the end. S_r is
-// dim x value_dim a head, and serves all query heads that share a key/value head.
-// Time: 4 n d d_v flops a query head and map, and causal 2 n 64 d more for the pairs within chunks of 64 tokens.
-// Memory beside inputs and out: three times S a thread, head and map, whatever n is; with more threads than sequences
-// and heads, twice S for every 2048 tokens. Backward as much, and 2 numbers a query, head and map. A second call of the
-// same shapes allocates nothing. Masked keys are left out of every sum, and a query that sees no key gives a zero row.
-// A map that may be negative can make the row sum vanish: the equation is followed as it stands. With
-// `normalize_features`, features whose sum is zero count as zero.
-//
-// Source: Katharopoulos et al. (arXiv 2006.16236), equations 4 to 9; several maps as in FMMformer (arXiv 2108.02347),
-// equation 9; sqrt_length and normalised features as in FMMformer's code.
 
 /// What the weighted sum of values is divided by.
 enum class Normalizer { row_sum, sqrt_length };
@@ -59,8 +40,35 @@ inline void check_linear_stream(std::string_view mechanism, bool causal, Normali
           "a stream needs normalizer row_sum, but normalizer is sqrt_length.");
 }
 
+/// The sum of these options: those of Linear, or of what blends its maps with weights.
+template <class T, class Options>
+KernelSum<T> kernel_sum(const Heads& heads, const Options& options) {
+  return {heads, options.feature_maps, options.causal, options.normalize_features,
+          options.normalizer == Normalizer::row_sum ? std::optional(options.eps) : std::nullopt};
+}
+
 }  // namespace detail
 
+/// Linear attention: inner products of feature maps take the place of the softmax's exponential, so that the sum over
+/// keys can be taken before the query is known.
+///
+///   out_i = sum_r  phi_r(q_i) S_r / normalizer_ri,    S_r = sum_j phi_r(k_j)^T v_j
+///
+///   row_sum      normalizer_ri = phi_r(q_i) . sum_j phi_r(k_j) + eps
+///   sqrt_length  normalizer    = sqrt(n_k), of all keys of the sequence, also with a key mask or causal
+///
+/// with j over the keys that query i sees.
+/// Shapes: as in attention.hpp; n_q and n_k, and dim and value_dim, may differ; causal is aligned at the end. S_r is
+/// dim x value_dim a head, and serves all query heads that share a key/value head.
+/// Time: 4 n d d_v flops a query head and map, and causal 2 n 64 d more for the pairs within chunks of 64 tokens.
+/// Memory beside inputs and out: three times S a thread, head and map, whatever n is; with more threads than sequences
+/// and heads, twice S for every 2048 tokens. Backward as much, and 2 numbers a query, head and map. A second call of
+/// the same shapes allocates nothing. Masked keys are left out of every sum, and a query that sees no key gives a zero
+/// row. A map that may be negative can make the row sum vanish: the equation is followed as it stands. With
+/// `normalize_features`, features whose sum is zero count as zero.
+///
+/// Source: Katharopoulos et al. (arXiv 2006.16236), equations 4 to 9; several maps as in FMMformer (arXiv 2108.02347),
+/// equation 9; sqrt_length and normalised features as in FMMformer's code.
 template <class T>
 class Linear {
  public:
@@ -73,14 +81,11 @@ class Linear {
   };
 
   /// What a stream remembers: the sums of each head and map, and whether any key was visible yet.
-  struct State {
-    std::vector<T> sums;
-    bool has_keys = false;
-  };
+  using State = typename detail::KernelSum<T>::State;
 
   explicit Linear(const Heads& heads, const Options& options = {}) : heads_(heads), options_(options) {
-    detail::check_heads("Linear", heads);
-    detail::check_linear("Linear", options.feature_maps, options.eps);
+    detail::check_heads(name, heads);
+    detail::check_linear(name, options.feature_maps, options.eps);
   }
 
   const Heads& heads() const { return heads_; }
@@ -89,66 +94,50 @@ class Linear {
   Parameters& parameters() { return parameters_; }
 
   void forward(const Inputs<T>& inputs, Tokens<T> out, Context& context = default_context()) const {
-    detail::check_inputs<T>("Linear", heads_, inputs, out, detail::Lengths::any);
+    detail::check_inputs<T>(name, heads_, inputs, out, detail::Lengths::any);
     detail::Work work(context);
     sum().forward({.inputs = inputs, .out = out}, work);
   }
 
   void forward(const Inputs<T>& inputs, Tokens<T> out, Saved& saved, Context& context = default_context()) const {
-    detail::check_inputs<T>("Linear", heads_, inputs, out, detail::Lengths::any);
+    detail::check_inputs<T>(name, heads_, inputs, out, detail::Lengths::any);
     detail::Work work(context);
     sum().forward({.inputs = inputs, .out = out, .inverse_normalizer = &saved.inverse_normalizer}, work);
   }
 
   void backward(const Inputs<T>& inputs, Tokens<const T> out, const Saved& saved, Tokens<const T> grad_out,
-                const InputGradients<T>& grad, Parameters&, Context& context = default_context()) const {
-    detail::check_inputs<T>("Linear", heads_, inputs, out, detail::Lengths::any);
-    detail::check_gradients<T>("Linear", heads_, inputs, grad_out, grad);
-    detail::check_saved("Linear", "inverse_normalizer", saved.inverse_normalizer, inputs.query.rows(),
+                const InputGradients<T>& grad_inputs, Parameters&, Context& context = default_context()) const {
+    detail::check_inputs<T>(name, heads_, inputs, out, detail::Lengths::any);
+    detail::check_gradients<T>(name, heads_, inputs, grad_out, grad_inputs);
+    detail::check_saved(name, "inverse_normalizer", saved.inverse_normalizer, inputs.query.rows(),
                         sum().maps() * heads_.query);
     detail::Work work(context);
     sum().backward(
-        {.inputs = inputs, .grad_out = grad_out, .inverse_normalizer = saved.inverse_normalizer, .grad = grad}, work);
+        {.inputs = inputs, .grad_out = grad_out, .inverse_normalizer = saved.inverse_normalizer, .grad = grad_inputs},
+        work);
   }
 
   /// A stream that has seen nothing. The attention must be causal and normalised by row_sum: sqrt_length would change
   /// for the tokens that are done with every token that comes.
   State start() const {
-    detail::check_linear_stream("Linear", options_.causal, options_.normalizer);
-    return {std::vector<T>(state_size(), T(0)), false};
+    detail::check_linear_stream(name, options_.causal, options_.normalizer);
+    return sum().start();
   }
 
   /// Appends tokens, with as many queries as keys, to a stream and writes their rows of out. O(1) memory in the tokens
   /// seen.
   void extend(State& state, const Inputs<T>& inputs, Tokens<T> out, Context& context = default_context()) const {
-    detail::check_linear_stream("Linear", options_.causal, options_.normalizer);
-    detail::check_stream_inputs<T>("Linear", heads_, inputs, out);
-    check_state("Linear", state);
+    detail::check_linear_stream(name, options_.causal, options_.normalizer);
+    detail::check_stream_inputs<T>(name, heads_, inputs, out);
+    sum().check_state(name, state);
     detail::Work work(context);
-    extend_sum(state, {.inputs = inputs, .out = out}, work);
-  }
-
-  /// The same for mechanisms that blend, which check the state and say in `call` what becomes of the result.
-  void extend_sum(State& state, typename detail::KernelSum<T>::Forward call, detail::Work& work) const {
-    call.stream = state.sums.data();
-    call.stream_has_keys = state.has_keys;
-    sum().forward(call, work);
-    state.has_keys |= sum().first_visible_key(call.inputs, sequence(call.inputs, 0)) < call.inputs.key.rows();
-  }
-
-  void check_state(std::string_view mechanism, const State& state) const {
-    detail::require(state.sums.size() == state_size(), mechanism, "this state holds ", state.sums.size(),
-                    " sums, but its heads and maps need ", state_size(), ": take it from start().");
-  }
-
-  /// The sum itself, for mechanisms that blend the maps with weights.
-  detail::KernelSum<T> sum() const {
-    return {heads_, options_.feature_maps, options_.causal, options_.normalize_features,
-            options_.normalizer == Normalizer::row_sum ? std::optional(options_.eps) : std::nullopt};
+    sum().forward({.inputs = inputs, .out = out, .state = &state}, work);
   }
 
  private:
-  std::size_t state_size() const { return static_cast<std::size_t>(heads_.key_value * sum().sums_size()); }
+  static constexpr std::string_view name = "Linear";
+
+  detail::KernelSum<T> sum() const { return detail::kernel_sum<T>(heads_, options_); }
 
   Heads heads_;
   Options options_;

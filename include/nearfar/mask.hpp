@@ -3,6 +3,7 @@
 #include <nearfar/attention.hpp>
 
 #include <algorithm>
+#include <concepts>
 #include <limits>
 
 namespace nearfar {
@@ -22,7 +23,7 @@ struct Window {
   bool operator==(const Window&) const = default;
 };
 
-/// The places [first, end) of one sequence.
+/// The numbers first .. end - 1: of tokens, rows, tiles or heads.
 struct Range {
   Index first = 0;
   Index end = 0;
@@ -61,6 +62,14 @@ class Band {
   Index right_;
   Index shift_;
   Index key_count_;
+};
+
+/// What answers as Band does: which keys some or all of a run of queries see, and which queries see a key.
+template <class B>
+concept Visibility = requires(const B& band, Index at) {
+  { band.seen_by_any(at, at) } -> std::same_as<Range>;
+  { band.seen_by_all(at, at) } -> std::same_as<Range>;
+  { band.seeing(at) } -> std::same_as<Range>;
 };
 
 /// The rows of one sequence of a packed batch.

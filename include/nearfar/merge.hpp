@@ -22,25 +22,6 @@ struct PartialAttention {
 
 namespace detail {
 
-/// What two parts weigh in the merged result, and its log-sum-exp.
-struct MergeWeights {
-  double a;
-  double b;
-  double log_sum_exp;
-
-  MergeWeights(double log_sum_exp_a, double log_sum_exp_b) {
-    const double larger = std::max(log_sum_exp_a, log_sum_exp_b);
-    const double shift = larger == -infinity<double> ? 0 : larger;
-    a = std::exp(log_sum_exp_a - shift);
-    b = std::exp(log_sum_exp_b - shift);
-    const double sum = a + b;
-    log_sum_exp = shift + std::log(sum);
-    if (sum == 0) return;
-    a /= sum;
-    b /= sum;
-  }
-};
-
 template <class T>
 void check_part(std::string_view function, std::string_view name, const Heads& heads, const PartialAttention<T>& part,
                 Index rows, std::string_view rows_of) {
@@ -56,7 +37,7 @@ template <class T, class Visit>
 void for_each_head_row(Context& context, const Heads& heads, Index rows, Visit&& visit) {
   constexpr Index rows_a_task = 256;
   Work work(context);
-  work.for_each((rows + rows_a_task - 1) / rows_a_task, [&](Index task, Scratch&) {
+  work.for_each(ceil_div(rows, rows_a_task), [&](Index task, Scratch&) {
     for (Index i = task * rows_a_task; i < std::min((task + 1) * rows_a_task, rows); ++i) {
       for (Index h = 0; h < heads.query; ++h) {
         const Index width = heads.value_width();
@@ -87,11 +68,12 @@ void for_each_head_row(Context& context, const Heads& heads, Index rows, Visit&&
 template <class T>
 void merge(const Heads& heads, const PartialAttention<const T>& a, const PartialAttention<const T>& b,
            const PartialAttention<T>& merged, Context& context = default_context()) {
-  detail::check_heads("merge", heads);
+  constexpr const char* name = "merge";
+  detail::check_heads(name, heads);
   const Index rows = a.out.rows();
-  detail::check_part("merge", "a", heads, a, rows, "a.out");
-  detail::check_part("merge", "b", heads, b, rows, "a.out");
-  detail::check_part("merge", "merged", heads, merged, rows, "a.out");
+  detail::check_part(name, "a", heads, a, rows, "a.out");
+  detail::check_part(name, "b", heads, b, rows, "a.out");
+  detail::check_part(name, "merged", heads, merged, rows, "a.out");
   detail::for_each_head_row<T>(context, heads, rows, [&](Index i, Index h, auto&& columns) {
     const detail::MergeWeights weight(a.log_sum_exp(h, i), b.log_sum_exp(h, i));
     auto out = columns(merged.out);

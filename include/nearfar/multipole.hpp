@@ -4,8 +4,6 @@
 #include <nearfar/engine/multipole_gradient.hpp>
 #include <nearfar/engine/multipole_stream.hpp>
 #include <nearfar/engine/pooled_queries.hpp>
-#include <nearfar/engine/pooling_convolution.hpp>
-#include <nearfar/engine/window_gradient.hpp>
 
 #include <optional>
 #include <string>
@@ -13,13 +11,6 @@
 
 namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
-
-/// How a group of tokens becomes `rank` pooled keys and values.
-enum class Pooling {
-  average,                   ///< the mean of each of its `rank` sub-blocks
-  grouped_convolution,       ///< the authors' learned pooling: every level pools the tokens
-  hierarchical_convolution,  ///< learned, each level from the pooled rows of the level below: linear in n
-};
 
 /// Which tokens of a sub-block enter its pooled query.
 enum class QueryPooling {
@@ -249,7 +240,8 @@ class Multipole {
   void attend_sequence(detail::Work& work, const Inputs<T>& inputs, Tokens<T> out, double* log_sum_exp,
                        Index stride) const {
     const detail::Hierarchy tree = this->tree(inputs.query.rows());
-    const detail::FarField<T> far = pool(work, tree, inputs);
+    const detail::FarField<T> far = detail::take_far_field<T>(work, tree, heads_);
+    pooling(work, tree, inputs).upward(far);
     const detail::MultipoleWalk<T> walk(tree, inputs, far, heads_.dim, options_.causal);
     std::optional<detail::PooledQueries<T>> pooled;
     if (options_.pooled_queries && tree.levels() > 0) {
@@ -259,8 +251,8 @@ class Multipole {
     attend_tiles(work, tree, walk, pooled ? &*pooled : nullptr, inputs, 0, out, log_sum_exp, stride);
   }
 
-  // The whole blocks of a stream up to block `end`, of which those from `first` on are new. A level has its rows from
-  // when its first group is whole; that of the authors' learned pooling, from when it holds a token.
+  // The whole blocks of a stream up to block `end`, of which those from `first` on are new. A level of average pooling
+  // has rows from when its first group is whole; one of learned pooling, from when it holds a token.
   detail::Hierarchy stream_tree(Index first, Index end) const {
     Index levels = options_.levels;
     if (options_.pooling == Pooling::average) {
@@ -278,7 +270,7 @@ class Multipole {
     if (tree.blocks() > first_block) {
       far = detail::take_far_field<T>(work, tree, heads_);
       detail::copy_groups(stream_tree(first_block, first_block), state.far(heads_.key_value), tree, far);
-      pool(work, tree, inputs, far);
+      pooling(work, tree, inputs).upward(far);
     }
     const detail::MultipoleWalk<T> walk(tree, inputs, far, heads_.dim, true);
     attend_tiles(work, tree, walk, nullptr, inputs, begin, out, nullptr, 0);
@@ -332,7 +324,9 @@ class Multipole {
                          const double* log_sum_exp, const T* delta, Index stride, const InputGradients<T>& gradients,
                          Parameters& grad_parameters) const {
     const detail::Hierarchy tree = this->tree(inputs.query.rows());
-    const detail::FarField<T> far = pool(work, tree, inputs);
+    const detail::FarField<T> far = detail::take_far_field<T>(work, tree, heads_);
+    const detail::FarFieldPooling<T> pooling = this->pooling(work, tree, inputs);
+    pooling.upward(far);
     const detail::MultipoleWalk<T> walk(tree, inputs, far, heads_.dim, options_.causal);
     const detail::FarField<T> grad_far{detail::take_zero_head_rows<T>(work, tree.rows(), heads_.key_value, heads_.dim),
                                        detail::take_zero_head_rows<T>(work, tree.rows(), heads_.key_value, heads_.dim)};
@@ -343,58 +337,11 @@ class Multipole {
       detail::PooledQueries<T>(work, tree, heads_, scale(), inputs.query, query_mask(inputs))
           .backward(walk, grad_out, log_sum_exp, delta, stride, grad_far, gradients.query);
     }
-    pool_backward(work, tree, inputs, far, grad_far, gradients, grad_parameters);
+    pooling.downward(far, grad_far, gradients, grad_parameters.key, grad_parameters.value);
   }
 
-  /// The upward pass: pooled keys and values of all levels, and their masses.
-  detail::FarField<T> pool(detail::Work& work, const detail::Hierarchy& tree, const Inputs<T>& inputs) const {
-    const auto far = detail::take_far_field<T>(work, tree, heads_);
-    pool(work, tree, inputs, far);
-    return far;
-  }
-
-  void pool(detail::Work& work, const detail::Hierarchy& tree, const Inputs<T>& inputs,
-            const detail::FarField<T>& far) const {
-    const auto key = detail::head_rows(inputs.key, heads_.key_value);
-    const auto value = detail::head_rows(inputs.value, heads_.key_value);
-    detail::count_tokens(tree, key_mask(inputs), far.mass);
-    if (options_.pooling == Pooling::average) {
-      detail::pool_average<T>(work, tree, key, key_mask(inputs), far.mass, far.key);
-      detail::pool_average<T>(work, tree, value, key_mask(inputs), far.mass, far.value);
-    } else {
-      detail::share_mass(tree, far.mass);
-      convolution(work, tree, inputs, far, parameters_.key).forward(key, far.key);
-      convolution(work, tree, inputs, far, parameters_.value).forward(value, far.value);
-    }
-    for (Index row = 0; row < tree.rows(); ++row) {
-      far.bias[row] = options_.mass_scaling || far.mass[row] == T(0) ? std::log2(far.mass[row]) : T(0);
-    }
-  }
-
-  /// The gradient's downward pass, from the pooled keys and values to tokens and parameters.
-  void pool_backward(detail::Work& work, const detail::Hierarchy& tree, const Inputs<T>& inputs,
-                     const detail::FarField<T>& far, const detail::FarField<T>& grad_far,
-                     const InputGradients<T>& gradients, Parameters& grad_parameters) const {
-    const auto grad_key = detail::head_rows(gradients.key, heads_.key_value);
-    const auto grad_value = detail::head_rows(gradients.value, heads_.key_value);
-    if (options_.pooling == Pooling::average) {
-      detail::pool_average_backward<T>(work, tree, key_mask(inputs), far.mass, grad_far.key, grad_key);
-      detail::pool_average_backward<T>(work, tree, key_mask(inputs), far.mass, grad_far.value, grad_value);
-    } else {
-      convolution(work, tree, inputs, far, parameters_.key)
-          .backward(detail::head_rows(inputs.key, heads_.key_value), far.key, grad_far.key, grad_key,
-                    grad_parameters.key);
-      convolution(work, tree, inputs, far, parameters_.value)
-          .backward(detail::head_rows(inputs.value, heads_.key_value), far.value, grad_far.value, grad_value,
-                    grad_parameters.value);
-    }
-  }
-
-  detail::ConvolutionPooling<T> convolution(detail::Work& work, const detail::Hierarchy& tree, const Inputs<T>& inputs,
-                                            const detail::FarField<T>& far,
-                                            const std::vector<PoolingConvolution<T>>& levels) const {
-    return {work,    tree, options_.pooling == Pooling::hierarchical_convolution, levels, heads_.dim, key_mask(inputs),
-            far.mass};
+  detail::FarFieldPooling<T> pooling(detail::Work& work, const detail::Hierarchy& tree, const Inputs<T>& inputs) const {
+    return {work, tree, heads_, inputs, options_.pooling, options_.mass_scaling, parameters_.key, parameters_.value};
   }
 
   Heads heads_;

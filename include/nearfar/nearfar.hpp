@@ -20,5 +20,6 @@
 #include <nearfar/multipole.hpp>       // near blocks one by one, far groups pooled
 
 #include <nearfar/merge.hpp>           // attention to some keys and attention to others made one
-#include <nearfar/any_attention.hpp>   // any of them, chosen by a line of text
+#include <nearfar/line_format.hpp>     // how mechanisms and their options are written in a line of text
+#include <nearfar/any_attention.hpp>   // any of them, chosen by such a line
 // clang-format on

@@ -8,7 +8,6 @@
 #include <nearfar/engine/window_attention.hpp>
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 #include <numeric>
 #include <optional>
@@ -39,7 +38,7 @@ struct NystromOptions {
 /// `iterations` are given; the kernel A of a smooth sequence is close to singular, and an error of B =
 /// softmax(Ql k^T) v may grow by its condition number: that is the mechanism's, whatever computes it.
 ///
-/// Shapes as Softmax with n_q = n_k = n, bidirectional alone. Time: 4 n r (dim + value_dim) multiply-adds' flops a
+/// Shapes as Softmax with n_q = n_k = n, bidirectional alone. Time: 4 n r (dim + value_dim) flops a
 /// head, and of order r^3 for A^+ (4 r^3 multiply-adds an iteration). Memory beside inputs and out: the landmarks, r^2
 /// numbers a head, and for every 2048 tokens r rows of partial results; a second call of the same shapes allocates
 /// nothing. Masked tokens enter no mean and no softmax over keys, but have a row of out as queries; a segment without

@@ -14,12 +14,6 @@ namespace detail {
 template <class T>
 inline constexpr T infinity = std::numeric_limits<T>::infinity();
 
-template <class T>
-inline constexpr T log2_e = T(1.4426950408889634074);
-
-template <class T>
-inline constexpr T ln_2 = T(0.69314718055994530942);
-
 /// Vectors of scores that become weights at once: enough of them hide what each waits for.
 inline constexpr int weights_at_once = vector_registers >= 32 ? 8 : vector_registers >= 16 ? 4 : 1;
 
@@ -31,9 +25,9 @@ double natural_log_sum_exp(T max, T sum) {
   return sum == T(0) ? -infinity<double> : ln_2<double> * double{max} + std::log(double{sum});
 }
 
-/// What the backward pass takes off the scores of a query, in units of log 2, to find its weights again: the
-/// log-sum-exp as a T, and what that lost, which would be a relative error of all of them. A query that saw no key
-/// weighs every key with 2^(s - infinity) = 0.
+/// What the backward pass subtracts from a query's scores, in units of log 2, to find its weights again: its
+/// log-sum-exp rounded to T, and the rest that rounding lost, which would be a relative error of all of them. A query
+/// that saw no key weighs every key with 2^(s - infinity) = 0.
 template <class T>
 struct Shift {
   T nearest = infinity<T>;
@@ -49,6 +43,38 @@ struct Shift {
 
   bool sees() const { return nearest != infinity<T>; }
 };
+
+/// What two parts weigh in the merged result, and its log-sum-exp.
+struct MergeWeights {
+  double a;
+  double b;
+  double log_sum_exp;
+
+  MergeWeights(double log_sum_exp_a, double log_sum_exp_b) {
+    const double larger = std::max(log_sum_exp_a, log_sum_exp_b);
+    const double shift = larger == -infinity<double> ? 0 : larger;
+    a = std::exp(log_sum_exp_a - shift);
+    b = std::exp(log_sum_exp_b - shift);
+    const double sum = a + b;
+    log_sum_exp = shift + std::log(sum);
+    if (sum == 0) return;
+    a /= sum;
+    b /= sum;
+  }
+};
+
+/// Joins to the triple of online softmax for one query that of further keys, both taken at the larger maximum; where
+/// these are none it changes nothing.
+template <class T>
+void merge_triples(T& max, T& sum, T* value, T other_max, T other_sum, const T* other_value, Index value_dim) {
+  if (other_sum == T(0)) return;
+  const T larger = std::max(max, other_max);
+  const T mine = std::exp2(max - larger);
+  const T theirs = std::exp2(other_max - larger);
+  max = larger;
+  sum = mine * sum + theirs * other_sum;
+  for (Index c = 0; c < value_dim; ++c) value[c] = mine * value[c] + theirs * other_value[c];
+}
 
 /// The softmax of a panel of queries over the keys met so far, one query a lane, as the triple of online softmax:
 ///
@@ -91,11 +117,10 @@ struct OnlineSoftmax {
     return correction;
   }
 
-  /// Writes the attention of `count` queries, value / sum, to the rows of out, and where `log_sum_exp` is not null its
-  /// natural logarithm form beside. `factor` multiplies each feature, unless null. A query that saw no key gets zeros
-  /// and -infinity. Vectors are written by store(to, packet). Uses up the triple.
-  template <class Out>
-  void finish(Index count, Out* out, Index out_stride, double* log_sum_exp, const T* factor, KeepOrPastCaches store) {
+  /// Writes the attention of `count` queries, value / sum, to the rows of out, each feature times its `factor` unless
+  /// that is null, and their log-sum-exp (natural) unless that is null. A query that saw no key gets zeros and
+  /// -infinity. Vectors are written by store(to, packet). Uses up the triple.
+  void finish(Index count, T* out, Index out_stride, double* log_sum_exp, const T* factor, KeepOrPastCaches store) {
     for (Index i = 0; i < count; ++i) {
       if (log_sum_exp != nullptr) {
         log_sum_exp[i] = natural_log_sum_exp(max[i], sum[i]);

@@ -202,7 +202,7 @@ Matrix<T> nystrom(const Heads& heads, const Inputs<T>& inputs, Index landmarks, 
 // ---------------------------------------------------------------------------------------------------------------------
 // Additive.
 
-/// Query row h of a score weight gives the score of head h from all heads' features; E = heads.query * dim.
+/// Row h of a score weight gives the score of head h from all heads' features; E = heads.query * dim.
 template <class T>
 struct AdditiveTerms {
   Matrix<T> query_weight;      ///< heads.query x E

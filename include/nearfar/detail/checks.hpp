@@ -90,7 +90,7 @@ inline void check_heads(std::string_view mechanism, const Heads& heads) {
           " query heads, but the larger is ", width, ".");
 }
 
-/// Mechanisms that blend key and value features one by one, or reuse one view for both, need them of one width.
+/// Additive multiplies keys and values feature by feature, and Multipole pools both by the width of one head.
 inline void check_equal_widths(std::string_view mechanism, const Heads& heads) {
   require(heads.value_width() == heads.dim, mechanism, "heads.value_dim must equal heads.dim, but they are ",
           heads.value_dim, " and ", heads.dim, ".");
@@ -191,6 +191,14 @@ void check_gradients(std::string_view mechanism, const Heads& heads, const Input
   check_shape(mechanism, "grad_query", gradients.query, inputs.query.rows(), heads.query_cols(), "query", "its heads");
   check_shape(mechanism, "grad_key", gradients.key, inputs.key.rows(), heads.key_cols(), "key", "its heads");
   check_shape(mechanism, "grad_value", gradients.value, inputs.key.rows(), heads.value_cols(), "key", "its heads");
+}
+
+/// A parameter, or its gradient, of the shape that it needs; its name may be in parts.
+template <class Scalar, class... Name>
+void check_parameter(std::string_view mechanism, const Matrix<Scalar>& parameter, Index rows, Index cols,
+                     const Name&... name) {
+  require(parameter.rows() == rows && parameter.cols() == cols, mechanism, name..., " must be ", rows, " x ", cols,
+          ", but is ", parameter.rows(), " x ", parameter.cols(), ".");
 }
 
 /// What forward saved for these inputs, and not for others.

@@ -5,11 +5,16 @@
 #include <array>
 #include <bit>
 #include <cstdint>
-#include <type_traits>
 
 namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
 namespace detail {
+
+template <class T>
+inline constexpr T log2_e = T(1.4426950408889634074);
+
+template <class T>
+inline constexpr T ln_2 = T(0.69314718055994530942);
 
 /// What exp2 needs to know of a floating-point type.
 template <class T>

@@ -48,7 +48,7 @@ class Lookahead {
     return count;
   }
 
-  /// One of how many inner steps of products should fetch, so that all of them together fetch everything evenly.
+  /// Every how many inner steps of products to take a step here, so that `inner_steps` of them fetch everything evenly.
   Index pace(Index inner_steps) const { return std::clamp<Index>(inner_steps / std::max<Index>(steps(), 1), 4, 64); }
 
   /// Takes a step.

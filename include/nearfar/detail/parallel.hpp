@@ -56,8 +56,8 @@ class Crew {
 
   int size() const { return static_cast<int>(threads_.size()) + 1; }
 
-  /// Runs task(index, worker) once for each index in [0, count), worker in [0, size). Throws the first exception that a
-  /// task threw, after all threads have stopped.
+  /// Runs task(index, worker) once for each index in [0, count), begun in that order, worker in [0, size). Throws the
+  /// first exception that a task threw, after all threads have stopped.
   void run(Index count, FunctionRef<void(Index, int)> task) {
     if (count <= 0) return;
     if (count == 1 || threads_.empty()) {

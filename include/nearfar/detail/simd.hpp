@@ -37,24 +37,27 @@ namespace detail {
 // The vector layer is Eigen's packet functions, which stand for every instruction set that Eigen knows. They say what
 // the hardware shall do (a fused multiply-add, a vector maximum) where a compiler left to plain loops decides for
 // itself.
+using Eigen::internal::pabs;
 using Eigen::internal::padd;
 using Eigen::internal::pcmp_eq;
 using Eigen::internal::pcmp_lt;
-using Eigen::internal::pload1;
+using Eigen::internal::pdiv;
 using Eigen::internal::ploadu;
+using Eigen::internal::plog;
 using Eigen::internal::plset;
 using Eigen::internal::pmadd;
 using Eigen::internal::pmax;
 using Eigen::internal::pmin;
 using Eigen::internal::pmul;
+using Eigen::internal::pnegate;
 using Eigen::internal::por;
 using Eigen::internal::predux;
+using Eigen::internal::predux_max;
 using Eigen::internal::pselect;
 using Eigen::internal::pset1;
 using Eigen::internal::pstoreu;
 using Eigen::internal::psub;
 using Eigen::internal::ptranspose;
-using Eigen::internal::pzero;
 
 /// The widest vector of T on the machine compiled for.
 template <class T>
@@ -67,8 +70,9 @@ inline constexpr int lanes = Eigen::internal::unpacket_traits<Packet<T>>::size;
 /// How many vector registers there are: it bounds the tile that a microkernel can hold.
 inline constexpr int vector_registers = EIGEN_ARCH_DEFAULT_NUMBER_OF_REGISTERS;
 
-/// The smallest multiple of `step` that is not below `count`.
-constexpr Index round_up(Index count, Index step) { return (count + step - 1) / step * step; }
+/// How many steps cover `count`, and the smallest multiple of `step` that is not below it.
+constexpr Index ceil_div(Index count, Index step) { return (count + step - 1) / step; }
+constexpr Index round_up(Index count, Index step) { return ceil_div(count, step) * step; }
 
 /// The bytes that memory moves at a time.
 inline constexpr Index cache_line = 64;

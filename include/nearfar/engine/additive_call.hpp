@@ -8,7 +8,6 @@
 #include <nearfar/mask.hpp>
 
 #include <algorithm>
-#include <cstdint>
 
 namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
@@ -214,7 +213,7 @@ void transform_weights_backward(const AdditiveCall<T>& call, const AdditiveGradi
   constexpr Index panel = PackedMatrix<T>::width;
   constexpr Index columns = panel * std::max<Index>(1, 128 / panel);
   const Index width = call.width();
-  call.work.for_each((width + columns - 1) / columns, [&](Index task, Scratch& scratch) {
+  call.work.for_each(ceil_div(width, columns), [&](Index task, Scratch& scratch) {
     const Index first_column = task * columns;
     const Index mine = std::min(columns, width - first_column);
     T* const u = scratch.take<T>(transform_rows * columns);

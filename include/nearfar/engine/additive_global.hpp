@@ -93,7 +93,7 @@ void scores_to_weights(const AdditiveCall<T>& call, const Stretch& stretch, cons
   for (Index i = stretch.first; i < stretch.end(); ++i) {
     if (!call.sees(i)) continue;
     for (Index h = 0; h < call.heads.query; ++h) {
-      scores(i, h) = exp2_of_difference(scores(i, h), pool.max[h]) / pool.sum[h];
+      scores(i, h) = std::exp2(scores(i, h) - pool.max[h]) / pool.sum[h];
     }
   }
 }

@@ -250,7 +250,7 @@ class PrefixBackward {
   const AdditiveCall<T>& call_;
   const AdditiveGradients<T>& grad_;
   PoolingShape shape_;
-  const Stretch& stretch_;
+  Stretch stretch_;
   Visible visible_;
   T* room_;
   WholeRows<T> grad_values_;

@@ -4,8 +4,6 @@
 #include <nearfar/engine/microkernel.hpp>
 
 #include <algorithm>
-#include <array>
-#include <cstddef>
 #include <numeric>
 #include <type_traits>
 

@@ -36,7 +36,9 @@ class FewQueries {
 
   void attend(Work& work, Tokens<Scalar> out, double* log_sum_exp) const {
     const Index sequences = sequence_count(inputs_);
-    const Tiles segments(work, sequences, segment_keys, [&](Index b) { return seen(sequence(inputs_, b)).count(); });
+    const Tiles segments(
+        work, sequences, [&](Index b) { return seen(sequence(inputs_, b)).count(); },
+        [](Index) { return segment_keys; });
     T* triples = work.take<T>(segments.count() * triples_size());
     work.for_each(segments.count(), [&](Index s, Scratch& scratch) {
       attend_segment(segments[s], triples + s * triples_size(), scratch);
@@ -132,7 +134,7 @@ class FewQueries {
         prefetch_far(key + c + ahead);
         sums = pmadd(ploadu<Packet<T>>(query + c), ploadu<Packet<T>>(key + c), sums);
       }
-      sum = Eigen::internal::predux(sums);
+      sum = predux(sums);
     }
     for (; c < dim; ++c) sum += query[c] * T(key[c]);
     return sum;
@@ -156,7 +158,7 @@ class FewQueries {
     static_assert(segment_keys % lanes<T> == 0);
     Packet<T> largest = ploadu<Packet<T>>(scores);
     for (Index j = lanes<T>; j < count; j += lanes<T>) largest = pmax(largest, ploadu<Packet<T>>(scores + j));
-    max = Eigen::internal::predux_max(largest);
+    max = predux_max(largest);
     const Packet<T> shift = pset1<Packet<T>>(max == -infinity<T> ? T(0) : max);
     Packet<T> sums = pset1<Packet<T>>(T(0));
     for (Index j = 0; j < count; j += lanes<T>) {
@@ -164,7 +166,7 @@ class FewQueries {
       pstoreu(scores + j, weight);
       sums = padd(sums, weight);
     }
-    sum = Eigen::internal::predux(sums);
+    sum = predux(sums);
   }
 
   void merge(const Sequence& rows, Index segments, T* triples, Tokens<Scalar> out, double* log_sum_exp) const {
@@ -174,22 +176,18 @@ class FewQueries {
         const auto triple = [&](Index s) {
           return triples + s * triples_size() + (i * heads_.query + h) * triple_size();
         };
-        T max = -infinity<T>;
-        for (Index s = 0; s < segments; ++s) max = std::max(max, triple(s)[width]);
-        T sum = 0;
-        Scalar* row = out.row(rows.query_begin + i) + h * width;
-        T* total = segments > 0 ? triple(0) : nullptr;
-        for (Index s = 0; s < segments; ++s) {
-          const T* part = triple(s);
-          const T factor = part[width] == -infinity<T> ? T(0) : std::exp2(part[width] - max);
-          sum += factor * part[width + 1];
-          for (Index c = 0; c < width; ++c) total[c] = factor * part[c] + (s == 0 ? T(0) : total[c]);
+        for (Index k = 1; k < segments; ++k) {
+          merge_triples(triple(0)[width], triple(0)[width + 1], triple(0), triple(k)[width], triple(k)[width + 1],
+                        triple(k), width);
         }
+        const T sum = segments > 0 ? triple(0)[width + 1] : T(0);
+        Scalar* row = out.row(rows.query_begin + i) + h * width;
         for (Index c = 0; c < width; ++c) {
           const T factor = factors_.rows() == 0 ? T(1) : factors_(h, c);
-          row[c] = sum == T(0) ? Scalar(0) : Scalar(factor * (total[c] / sum));
+          row[c] = sum == T(0) ? Scalar(0) : Scalar(factor * (triple(0)[c] / sum));
         }
         if (log_sum_exp != nullptr) {
+          const T max = segments > 0 ? triple(0)[width] : -infinity<T>;
           log_sum_exp[h * inputs_.query.rows() + rows.query_begin + i] = natural_log_sum_exp(max, sum);
         }
       }

@@ -86,8 +86,8 @@ class GradientTile {
 
   /// Walks back over the keys of a tile. The gradients of key j of the tile are added to the rows grad_key(j) and
   /// grad_value(j), of `dim` and `value_dim` numbers, or where j is among the `fresh` written to them.
-  template <class Band, class GradKey, class GradValue>
-  void visit(KeyTile<T>& keys, const Band& band, Range fresh, GradKey&& grad_key, GradValue&& grad_value) {
+  template <Visibility B, class GradKey, class GradValue>
+  void visit(KeyTile<T>& keys, const B& band, Range fresh, GradKey&& grad_key, GradValue&& grad_value) {
     keys.complete();
     // Whether the gradients of a group of keys hold anything yet: the first products are written, not added.
     bool begun[KeyTile<T>::capacity / group_rows] = {};
@@ -108,7 +108,7 @@ class GradientTile {
       seen.for_each_stretch([&](auto vectors, int vector, Range range, Range all) {
         score<vectors>(p, vector, keys, range);
         for (int v = vector; v < vector + vectors; ++v) {
-          hide(LaneMask<T, Band>{band, keys, first + v * lanes<T>}, range, all, weight_ + v * lanes<T>, width,
+          hide(LaneMask<T, B>{band, keys, first + v * lanes<T>}, range, all, weight_ + v * lanes<T>, width,
                [](const Packet<T>&) {});
         }
       });
@@ -270,6 +270,32 @@ class GradientTile {
   Lookahead lookahead_;
   Lookahead rows_ahead_;  // gradients of keys, then the lookahead
 };
+
+/// Into how many segments the backward pass cuts the `tokens` of a sequence where there are `tasks` tasks besides: by
+/// shapes alone.
+inline Index gradient_segments(Index tokens, Index tasks) {
+  constexpr Index enough_tasks = 16;
+  constexpr Index shortest_segment = 512;
+  return std::clamp<Index>(tokens / shortest_segment, 1, std::max<Index>(enough_tasks / tasks, 1));
+}
+
+/// delta_i = grad_out_i . out_i of each head (heads.query x n_q): what the softmax of a row takes off every gradient of
+/// its scores.
+template <class Scalar, class T>
+void softmax_delta(Work& work, const Heads& heads, Tokens<const Scalar> out, Tokens<const Scalar> grad_out, T* delta) {
+  constexpr Index rows = 1024;
+  const Index width = heads.value_width();
+  work.for_each(ceil_div(out.rows(), rows), [&](Index task, Scratch&) {
+    for (Index i = task * rows; i < std::min((task + 1) * rows, out.rows()); ++i) {
+      for (Index h = 0; h < heads.query; ++h) {
+        const auto features = [&](const auto& tokens) {
+          return tokens.matrix().row(i).segment(h * width, width).array().template cast<T>();
+        };
+        delta[h * out.rows() + i] = (features(out) * features(grad_out)).sum();
+      }
+    }
+  });
+}
 
 }  // namespace detail
 }  // namespace NEARFAR_VERSION_NAMESPACE

@@ -20,8 +20,6 @@ struct Level {
 struct InteractionList {
   Range left;
   Range right;
-
-  Index count() const { return left.count() + right.count(); }
 };
 
 /// The tree of the multipole method over the tokens of one sequence.

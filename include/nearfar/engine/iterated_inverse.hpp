@@ -2,8 +2,6 @@
 
 #include <nearfar/engine/small_matrix.hpp>
 
-#include <algorithm>
-
 namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
 namespace detail {

@@ -6,6 +6,8 @@
 #include <cmath>
 #include <optional>
 #include <span>
+#include <string_view>
+#include <vector>
 
 namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
@@ -40,14 +42,26 @@ class KernelSum {
   /// Numbers a key/value head in the sums S and z of all maps.
   Index sums_size() const { return maps() * map_size(); }
 
+  /// What a stream remembers: the sums of each head and map, and whether any key was visible yet.
+  struct State {
+    std::vector<T> sums;
+    bool has_keys = false;
+  };
+
+  State start() const { return {std::vector<T>(state_count(), T(0)), false}; }
+
+  void check_state(std::string_view mechanism, const State& state) const {
+    require(state.sums.size() == state_count(), mechanism, "this state holds ", state.sums.size(),
+            " sums, but its heads and maps need ", state_count(), ": take it from start().");
+  }
+
   struct Forward {
     const Inputs<T>& inputs;
     Tokens<T> out;
     Tokens<const T> weights = {};             ///< w, (maps * heads.query) x value_dim; none for 1
     bool add = false;                         ///< whether to add to what stands in out
     Matrix<T>* inverse_normalizer = nullptr;  ///< takes g, n_q x (maps * heads.query), unless null
-    T* stream = nullptr;                      ///< the sums to begin with, and then those to go on with, unless null
-    bool stream_has_keys = false;
+    State* state = nullptr;                   ///< of a stream, which goes on, unless null
   };
 
   struct Backward {
@@ -72,6 +86,7 @@ class KernelSum {
   }
 
  private:
+  std::size_t state_count() const { return static_cast<std::size_t>(heads.key_value * sums_size()); }
   Index dim() const { return heads.dim; }
   Index value_dim() const { return heads.value_width(); }
   Index padded_dim() const { return round_up(dim(), lanes<T>); }
@@ -160,7 +175,8 @@ void KernelSum<T>::forward(const Forward& call, Work& work) const {
   if (call.inverse_normalizer != nullptr) {
     call.inverse_normalizer->setZero(inputs.query.rows(), maps() * heads.query);
   }
-  const auto alignment = [&](Index b) { return queries_along_keys(inputs, b, call.stream_has_keys); };
+  const bool has_keys = call.state != nullptr && call.state->has_keys;
+  const auto alignment = [&](Index b) { return queries_along_keys(inputs, b, has_keys); };
   for (Index b = 0; b < sequence_count(inputs) && !call.add; ++b) {
     call.out.middle_rows(sequence(inputs, b).query_begin, alignment(b).first_query).matrix().setZero();
   }
@@ -168,17 +184,19 @@ void KernelSum<T>::forward(const Forward& call, Work& work) const {
       work, sequence_count(inputs), heads.key_value, sums_size(), alignment,
       [&](Index, Range block, T* past) {
         const Index count = block.count() * sums_size();
-        if (call.stream == nullptr) {
+        if (call.state == nullptr) {
           std::fill_n(past, count, T(0));
         } else {
-          std::copy_n(call.stream + block.first * sums_size(), count, past);
+          std::copy_n(call.state->sums.data() + block.first * sums_size(), count, past);
         }
       },
       [&](const ScanStep<T>& step, Scratch& scratch) { forward_segment(call, step, scratch); },
       [&](Index, Range block, const T* total) {
-        if (call.stream == nullptr) return;
-        std::copy_n(total, block.count() * sums_size(), call.stream + block.first * sums_size());
+        if (call.state == nullptr) return;
+        std::copy_n(total, block.count() * sums_size(), call.state->sums.data() + block.first * sums_size());
       });
+  if (call.state == nullptr) return;
+  call.state->has_keys |= first_visible_key(inputs, sequence(inputs, 0)) < inputs.key.rows();
 }
 
 template <class T>

@@ -67,8 +67,8 @@ class Landmarks {
     return {inputs.query, key, value, {}, queries, queries.empty() ? queries : offsets()};
   }
 
-  /// landmark_l = the mean over the visible tokens of its segment. `landmarks` may have `group` times the heads of
-  /// `tokens`, of width dim, each of which it then holds `group` times. Time O(n), reads whole rows in order.
+  /// landmark_l = the mean over the visible tokens of its segment. Each head of `tokens`, of width dim, is held `group`
+  /// times. Time O(n), reads whole rows in order.
   template <class T>
   void average(Work& work, Tokens<const T> tokens, Index dim, Index group, Tokens<T> landmarks) const {
     const Index cols = tokens.cols();

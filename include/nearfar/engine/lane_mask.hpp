@@ -3,17 +3,15 @@
 #include <nearfar/engine/key_tile.hpp>
 #include <nearfar/online_softmax.hpp>
 
-#include <algorithm>
-
 namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
 namespace detail {
 
 /// The mask of a vector of queries that the edges of a band cross: the score of key j of a tile becomes -infinity on
 /// the lanes whose queries do not see it. Lane 0 holds query `first`.
-template <class T, class Band>
+template <class T, Visibility B>
 struct LaneMask {
-  const Band& band;
+  const B& band;
   const KeyTile<T>& keys;
   Index first;
 
@@ -31,8 +29,8 @@ struct LaneMask {
 
 /// Hides the scores at `scores`, a row of `width` a key, of the keys that not `all` of the queries of a vector see;
 /// take(masked) may look at what is left.
-template <class T, class Band, class Take>
-NEARFAR_INLINE void hide(const LaneMask<T, Band>& mask, Range keys, Range all, T* scores, Index width, Take&& take) {
+template <class T, Visibility B, class Take>
+NEARFAR_INLINE void hide(const LaneMask<T, B>& mask, Range keys, Range all, T* scores, Index width, Take&& take) {
   for (const Range& edge : {Range{keys.first, all.first}, Range{all.end, keys.end}}) {
     for (Index j = edge.first; j < edge.end; ++j) {
       const Packet<T> masked = mask(j, ploadu<Packet<T>>(scores + j * width));

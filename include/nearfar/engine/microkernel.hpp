@@ -30,7 +30,7 @@ inline constexpr int tile_rows = (vector_registers >= 32 ? (Vectors < 3 ? 16 : 2
 inline constexpr int panel_vectors = 3;
 inline constexpr int group_rows = tile_rows<panel_vectors>;
 
-/// One of so many inner steps of its products fetches: the fewer rows a register tile has, the shorter they are.
+/// Attention's products fetch every so many inner steps: the fewer rows a register tile has, the shorter these are.
 inline constexpr Index fetch_pace = 96 / group_rows;
 
 /// Calls visit(std::integral_constant<int, count>, first) for consecutive groups of `count` rows that cover `rows`:

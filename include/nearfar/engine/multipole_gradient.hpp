@@ -24,8 +24,7 @@ class MultipoleGradient {
   MultipoleGradient(Work& work, const Hierarchy& tree, const Heads& heads, const InputGradients<T>& gradients,
                     const FarField<T>& grad_far)
       : work_(work), tree_(tree), heads_(heads), gradients_(gradients) {
-    const Index wanted =
-        std::clamp<Index>(tree.tokens() / shortest_segment, 1, std::max<Index>(enough_tasks / heads.key_value, 1));
+    const Index wanted = gradient_segments(tree.tokens(), heads.key_value);
     segment_blocks_ = (tree.blocks() - 1) / wanted + 1;
     segments_ = (tree.blocks() - 1) / segment_blocks_ + 1;
     block_ = std::min(tree.block(), tree.tokens());
@@ -92,9 +91,6 @@ class MultipoleGradient {
   }
 
  private:
-  static constexpr Index enough_tasks = 16;
-  static constexpr Index shortest_segment = 512;
-
   Range segment(Index s) const {
     const Index width = segment_blocks_ * tree_.block();
     return {s * width, s + 1 == segments_ ? tree_.tokens() : (s + 1) * width};
@@ -137,7 +133,7 @@ class MultipoleGradient {
   void add_far_fields() const {
     const Index size = heads_.key_cols() * tree_.rows();
     constexpr Index chunk = 1 << 14;
-    work_.for_each((size + chunk - 1) / chunk, [&](Index task, Scratch&) {
+    work_.for_each(ceil_div(size, chunk), [&](Index task, Scratch&) {
       const Index count = std::min(chunk, size - task * chunk);
       using Row = Eigen::Array<T, 1, Eigen::Dynamic>;
       for (Index s = 1; s < segments_; ++s) {

@@ -11,10 +11,10 @@ namespace detail {
 
 /// What a stream of multipole attention remembers.
 ///
-/// A causal query sees the blocks before its own and whole groups before these, which no later token changes: what it
-/// sees is in its place alone, and a stream has it at hand from then on. Of each level that is at most three groups,
-/// with those that have a parent to come, and the one that is not yet whole; and token by token the last two blocks.
-/// Groups are pooled when their last block is whole.
+/// A causal query sees its own block and the one before token by token, and of the levels only whole groups before
+/// these, which no later token changes. So a stream keeps of a level at most three groups, those that are yet to be
+/// seen or have a parent to come, and the one that is not yet whole; and the last two blocks token by token. A block is
+/// pooled, into its groups of all levels, as soon as it is whole.
 template <class T>
 struct MultipoleState {
   KeyValueCache<T> near;  ///< the tokens of the block before that of the next token, and the tokens after it

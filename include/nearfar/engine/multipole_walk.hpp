@@ -2,31 +2,14 @@
 
 #include <nearfar/detail/lookahead.hpp>
 #include <nearfar/detail/tiles.hpp>
+#include <nearfar/engine/far_field.hpp>
 #include <nearfar/engine/key_tile.hpp>
-#include <nearfar/engine/pooling.hpp>
 
 #include <algorithm>
 
 namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
 namespace detail {
-
-/// What stands for the far tokens of one sequence: the pooled keys and values of all levels, how many tokens each
-/// stands for, and what its scores start from: log2 of its mass, or -infinity for one that stands for no token.
-template <class T>
-struct FarField {
-  HeadRows<T> key;
-  HeadRows<T> value;
-  T* mass = nullptr;
-  T* bias = nullptr;
-};
-
-template <class T>
-FarField<T> take_far_field(Work& work, const Hierarchy& tree, const Heads& heads) {
-  return {take_head_rows<T>(work, tree.rows(), heads.key_value, heads.dim),
-          take_head_rows<T>(work, tree.rows(), heads.key_value, heads.dim), work.take<T>(tree.rows()),
-          work.take<T>(tree.rows())};
-}
 
 /// The walk of a tile of queries of one head over all that it sees of one sequence: first the near field, token by
 /// token, then the far field by its interaction lists. Keys and values are those from the tree's first token on.

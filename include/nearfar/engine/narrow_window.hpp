@@ -8,7 +8,6 @@
 #include <nearfar/online_softmax.hpp>
 
 #include <algorithm>
-#include <cmath>
 #include <type_traits>
 
 namespace nearfar {
@@ -19,7 +18,7 @@ namespace detail {
 ///
 /// A panel of queries on the vector lanes visits what any of its queries sees: with a window no wider than the panel
 /// most of that is masked away. Here four queries at a time meet their keys, features on the lanes: scores as products
-/// of rows, summed across lanes sixteen at a time, all kept as [key][query]; then their softmax, in one pass, since
+/// of rows, summed across lanes many at a time, all kept as [key][query]; then their softmax, in one pass, since
 /// they all fit; then values by the register microkernel.
 ///
 /// There is so little work for each row that memory decides: while a tile is at work, the rows of the next are fetched,

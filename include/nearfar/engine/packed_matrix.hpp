@@ -3,8 +3,6 @@
 #include <nearfar/context.hpp>
 #include <nearfar/engine/microkernel.hpp>
 
-#include <algorithm>
-
 namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
 namespace detail {

@@ -18,27 +18,11 @@ namespace detail {
 class PanelKeys {
  public:
   /// Of the `count` queries from number `query` on.
-  template <class T, class Band>
-  PanelKeys(const KeyTile<T>& keys, const Band& band, Index query, Index count)
+  template <class T, Visibility B>
+  PanelKeys(const KeyTile<T>& keys, const B& band, Index query, Index count)
       : PanelKeys(
             keys, [&](Index first, Index queries) { return band.seen_by_any(first, queries); },
             [&](Index first, Index queries) { return band.seen_by_all(first, queries); }, query, count) {}
-
-  /// The same of any band.
-  using Seen = FunctionRef<Range(Index, Index)>;
-  template <class T>
-  PanelKeys(const KeyTile<T>& keys, Seen seen_by_any, Seen seen_by_all, Index query, Index count) {
-    if (keys.within(seen_by_any(query, count)).count() == 0) return;
-    for (Index first = 0; first < count; first += lanes<T>) {
-      const Index queries = std::min<Index>(lanes<T>, count - first);
-      const Range any = keys.within(seen_by_any(query + first, queries));
-      const Range all = keys.within(seen_by_all(query + first, queries));
-      const auto vector = static_cast<std::size_t>(first / lanes<T>);
-      // Where a vector sees nothing between two others that meet one group, it meets that group with them.
-      any_[vector] = {down(any.first), up(std::max(any.first, any.end))};
-      all_[vector] = {up(all.first), all.end == keys.count() ? up(all.end) : down(all.end)};
-    }
-  }
 
   /// The keys that some query of a vector sees, and the others of their groups: all that the vector meets.
   Range any(int vector) const { return any_[static_cast<std::size_t>(vector)]; }
@@ -76,6 +60,22 @@ class PanelKeys {
 
  private:
   static_assert(panel_vectors == 3, "for_each_stretch names each number of vectors.");
+
+  // Compiled once for all bands.
+  using Seen = FunctionRef<Range(Index, Index)>;
+  template <class T>
+  PanelKeys(const KeyTile<T>& keys, Seen seen_by_any, Seen seen_by_all, Index query, Index count) {
+    if (keys.within(seen_by_any(query, count)).count() == 0) return;
+    for (Index first = 0; first < count; first += lanes<T>) {
+      const Index queries = std::min<Index>(lanes<T>, count - first);
+      const Range any = keys.within(seen_by_any(query + first, queries));
+      const Range all = keys.within(seen_by_all(query + first, queries));
+      const auto vector = static_cast<std::size_t>(first / lanes<T>);
+      // Where a vector sees nothing between two others that meet one group, it meets that group with them.
+      any_[vector] = {down(any.first), up(std::max(any.first, any.end))};
+      all_[vector] = {up(all.first), all.end == keys.count() ? up(all.end) : down(all.end)};
+    }
+  }
 
   static Index down(Index place) { return place / group_rows * group_rows; }
   static Index up(Index place) { return round_up(place, group_rows); }

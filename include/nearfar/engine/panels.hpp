@@ -45,7 +45,7 @@ class Panels {
   /// How many queries, from number `first` on, to take into at most `panels` of them: whole blocks if one fits, where
   /// `first` begins a block; else none of a further block.
   static Index fitting(Index panels, Index first, Index block) {
-    const Index together = (alike(block) + width - 1) / width;
+    const Index together = ceil_div(alike(block), width);
     return together <= panels ? panels / together * alike(block) : std::min(panels * width, block - first % block);
   }
 
@@ -56,8 +56,8 @@ class Panels {
   // The queries of a panel that begins with number `query`.
   static Index size_at(Index query, Index block) {
     const Index left = alike(block) - query % block;
-    const Index panels = (left + width - 1) / width;
-    return std::min(left, round_up((left + panels - 1) / panels, lanes<T>));
+    const Index panels = ceil_div(left, width);
+    return std::min(left, round_up(ceil_div(left, panels), lanes<T>));
   }
 
   Index* begin_;

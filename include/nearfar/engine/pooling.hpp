@@ -33,10 +33,6 @@ struct HeadRows {
     return Eigen::Map<std::conditional_t<std::is_const_v<T>, const Row, Row>>(row(head, i), dim);
   }
 
-  void add(Index head, Index i, const T* to_add) const {
-    features(head, i) += Eigen::Map<const Eigen::Array<T, 1, Eigen::Dynamic>>(to_add, dim);
-  }
-
   /// `count` rows of one head as tokens of one head.
   Tokens<T> tokens(Index head, Index first, Index count) const { return {row(head, first), count, dim, row_stride}; }
 
@@ -118,10 +114,7 @@ void share_mass(const Hierarchy& tree, T* mass) {
 class TreeWalk {
  public:
   explicit TreeWalk(const Hierarchy& tree) : tree_(tree) {
-    for (Index tokens = tree.block(); levels_ < tree.levels() && (levels_ == 0 || 2 * tokens <= task_tokens);
-         ++levels_) {
-      if (levels_ > 0) tokens *= 2;
-    }
+    while (levels_ < tree.levels() && (levels_ == 0 || tree.level(levels_ + 1).width <= task_tokens)) ++levels_;
     if (levels_ > 0) subtrees_ = tree.new_groups(levels_);
   }
 

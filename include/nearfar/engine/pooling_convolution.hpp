@@ -27,7 +27,7 @@ struct PoolingConvolution {
 
 namespace detail {
 
-/// That the convolutions conv_k or conv_v, or `of` them, have the shapes that they need: `rows` rows at each of
+/// That the convolutions `which`, conv_k or conv_v (`of` may say: the gradient of), have `rows` rows at each of
 /// `levels` levels, and window(l) columns.
 template <class T>
 void check_convolutions(std::string_view mechanism, std::string_view of, std::string_view which,
@@ -35,14 +35,10 @@ void check_convolutions(std::string_view mechanism, std::string_view of, std::st
                         FunctionRef<Index(Index)> window) {
   const Index count = static_cast<Index>(convolutions.size());
   require(count == levels, mechanism, of, which, " must have ", levels, " levels, but has ", count, ".");
-  const auto check = [&](std::string_view part, Index l, const Matrix<T>& m, Index m_rows, Index m_cols) {
-    require(m.rows() == m_rows && m.cols() == m_cols, mechanism, of, which, part, l, " must be ", m_rows, " x ", m_cols,
-            ", but is ", m.rows(), " x ", m.cols(), ".");
-  };
   for (Index l = 1; l <= levels; ++l) {
     const PoolingConvolution<T>& level = convolutions[static_cast<std::size_t>(l - 1)];
-    check("_w_", l, level.weight, rows, window(l));
-    check("_b_", l, level.bias, 1, rows);
+    check_parameter(mechanism, level.weight, rows, window(l), of, which, "_w_", l);
+    check_parameter(mechanism, level.bias, 1, rows, of, which, "_b_", l);
   }
 }
 
@@ -75,13 +71,14 @@ struct Children {
 
 /// The learned pooling of a sequence: its upward pass and the gradient's downward pass.
 ///
-///   grouped:       K_l[g p + r] = b_l[r] + sum_t  w_l[r, t] * k[g w_l + t]             every level pools the tokens
+///   grouped:       K_l[g p + r] = b_l[r] + sum_t  w_l[r, t] * k[g m_l + t]             every level pools the tokens
 ///   hierarchical:  K_l[g p + r] = b_l[r] + sum_s  w_l[r, s] * K_{l-1}[2 g p + s]       for l >= 2, s < 2 p
 ///
-/// with products feature by feature. Tokens that are masked or past the end enter as zeros, and so do child groups
-/// without a token. Groups without a token are skipped: their rows are zero. Time O(n d rank) a level for the grouped
-/// form; for the hierarchical one that of level 1 and O(n d rank^2 / block) for all others. Tokens and mask begin with
-/// the tree's first token; n are the new tokens, which are added to the rows of groups that hold others.
+/// with products feature by feature, and m_l tokens a group of level l. Tokens that are masked or past the end enter as
+/// zeros, and so do child groups without a token. Groups without a token are skipped: their rows are zero. Time O(n d
+/// rank) a level for the grouped form; for the hierarchical one that of level 1 and O(n d rank^2 / block) for all
+/// others. Tokens and mask begin with the tree's first token; n are the new tokens, which are added to the rows of
+/// groups that hold others.
 template <class T>
 class ConvolutionPooling {
  public:
@@ -244,7 +241,7 @@ class ConvolutionPooling {
   void add_parameter_gradients(Index l, const Children<const T>& children, HeadRows<const T> grad_pooled,
                                PoolingConvolution<T>& grad) const {
     const Index rank = tree_.rank();
-    work_.for_each((window(l) - 1) / taps_a_task + 1, [&](Index task, Scratch& scratch) {
+    work_.for_each(ceil_div(window(l), taps_a_task), [&](Index task, Scratch& scratch) {
       const Index first_tap = task * taps_a_task;
       const Index taps = std::min(taps_a_task, window(l) - first_tap);
       T* sums = scratch.template take<T>((taps + 1) * rank * dim_);

@@ -43,7 +43,7 @@ void prefix_weights(const PoolingShape& shape, T* scores, Index count, const Sof
       const P own = ploadu<P>(scores + at);
       sum = pmadd(ploadu<P>(keep + at), sum, own);
       const P none = pset1<P>(T(0));
-      pstoreu(scores + at, pselect(pcmp_eq(sum, none), none, Eigen::internal::pdiv(own, sum)));
+      pstoreu(scores + at, pselect(pcmp_eq(sum, none), none, pdiv(own, sum)));
     }
     pstoreu(state.sum + h, sum);
   }
@@ -118,8 +118,9 @@ struct SuffixSums {
   }
 };
 
-/// Rows of a stretch, on the way back from its last: an address each. The mean_i of rows x_i is multiplied by factor_i,
-/// feature by feature and as heads share it, and grad_i is the gradient of that product:
+/// The rows of a stretch, walked from its last to its first, each array an address a row. The prefix mean_i of rows x_i
+/// is multiplied by factor_i, feature by feature (the heads of a group share it), and grad_i is the gradient of that
+/// product:
 ///
 ///   grad_factor_i = mean_i grad_i             grad_mean_i = factor_i grad_i
 ///   grad_x_i = weight_i vector                grad_score_i = ln 2 weight_i (x_i . vector - scalar)

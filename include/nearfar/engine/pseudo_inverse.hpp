@@ -23,14 +23,14 @@ T find_pivot(Tokens<T> a, Index k, Index& pivot_row, Index& pivot_col) {
     T of_row = 0;
     for_each_packet<T>(count, [&](auto by, Index c) {
       using V = typename decltype(by)::template Of<T>;
-      const V size = Eigen::internal::pabs(ploadu<V>(row + c));
+      const V size = pabs(ploadu<V>(row + c));
       if constexpr (sizeof(V) == sizeof(T)) {
         of_row = std::max(of_row, T(size));
       } else {
         most = pmax(most, size);
       }
     });
-    of_row = std::max(of_row, Eigen::internal::predux_max(most));
+    of_row = std::max(of_row, predux_max(most));
     if (of_row <= largest) continue;
     largest = of_row;
     pivot_row = i;

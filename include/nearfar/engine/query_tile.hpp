@@ -45,15 +45,11 @@ class QueryTile {
         sums_(scratch.take<T>(value_rows() * width)) {}
 
   /// Takes the queries of the tile, which begins at `rows`, times `factor`.
-  template <class Storage>
-  void load(const Storage* rows, Index stride, T factor) {
-    load_until(panels_.queries(), rows, stride, factor);
-  }
+  void load(const T* rows, Index stride, T factor) { load_until(panels_.queries(), rows, stride, factor); }
 
   /// The same, panel by panel, of at least the first `end` queries: those that a walk over the keys has not come to
   /// need no cache yet.
-  template <class Storage>
-  void load_until(Index end, const Storage* rows, Index stride, T factor) {
+  void load_until(Index end, const T* rows, Index stride, T factor) {
     for (; loaded() < end; ++loaded_) {
       const Index p = loaded_;
       const Index count = panels_.size(p);
@@ -65,11 +61,10 @@ class QueryTile {
     }
   }
 
-  /// The queries that are loaded and not finished attend to the keys of the tile that the band, or whatever else
-  /// answers as Band does, lets each of them see. Keys that some vectors of a panel alone can see do not meet the
-  /// others.
-  template <class Band>
-  NEARFAR_NO_INLINE void visit(KeyTile<T>& keys, const Band& band) {
+  /// The queries that are loaded and not finished attend to the keys of the tile that the band lets each of them see.
+  /// Keys that some vectors of a panel alone can see do not meet the others.
+  template <Visibility B>
+  NEARFAR_NO_INLINE void visit(KeyTile<T>& keys, const B& band) {
     keys.complete();
     const bool finite = keys.values_are_finite();
     for (Index p = finished_; p < loaded_; ++p) {
@@ -78,7 +73,7 @@ class QueryTile {
       std::fill_n(max, panel_vectors, pset1<Packet<T>>(-infinity<T>));
       const auto hide_edges = [&](int vector, int vectors, Range range, Range all) {
         for (int v = vector; v < vector + vectors; ++v) {
-          hide(LaneMask<T, Band>{band, keys, first + v * lanes<T>}, range, all, scores_ + v * lanes<T>, width,
+          hide(LaneMask<T, B>{band, keys, first + v * lanes<T>}, range, all, scores_ + v * lanes<T>, width,
                [&](const Packet<T>& masked) { max[v] = pmax(max[v], masked); });
         }
       };
@@ -94,12 +89,9 @@ class QueryTile {
       const Index first = first_ + panels_.begin(p);
       const Index last = first + panels_.size(p) - 1;
       for (Index lane = 0; lane < width; ++lane) {
-        const Index parent = std::min(first + lane, last) / children;
-        const bool empty = log_sum_exp[parent] == -infinity<double>;
-        const double log_sum = log2_e<double> * log_sum_exp[parent];
-        softmax.max[lane] = T(log_sum);
-        // What the maximum loses as a T would be a relative error of all that was seen.
-        softmax.sum[lane] = empty ? T(0) : T(std::exp2(log_sum - double{softmax.max[lane]}));
+        const Shift<T> shift(log_sum_exp[std::min(first + lane, last) / children]);
+        softmax.max[lane] = shift.sees() ? shift.nearest : -infinity<T>;
+        softmax.sum[lane] = shift.sees() ? std::exp2(shift.rest) : T(0);
       }
       for (Index lane = 0; lane < width; lane += lanes<T>) {
         const T* row = out + std::min(first + lane, last) / children * stride;
@@ -119,15 +111,12 @@ class QueryTile {
 
   /// Writes the result of each query to its row of out, times a factor a feature unless that is null, and its
   /// log-sum-exp beside where that is not null.
-  template <class Storage>
-  void finish(Storage* out, Index stride, double* log_sum_exp, const T* factor = nullptr, KeepOrPastCaches store = {}) {
+  void finish(T* out, Index stride, double* log_sum_exp, const T* factor = nullptr, KeepOrPastCaches store = {}) {
     finish_until(panels_.queries(), out, stride, log_sum_exp, factor, store);
   }
 
   /// The same of the panels that hold none but the first `end` queries: they meet no further keys.
-  template <class Storage>
-  void finish_until(Index end, Storage* out, Index stride, double* log_sum_exp, const T* factor,
-                    KeepOrPastCaches store) {
+  void finish_until(Index end, T* out, Index stride, double* log_sum_exp, const T* factor, KeepOrPastCaches store) {
     for (; finished_ < panels_.count() && panels_.begin(finished_ + 1) <= end; ++finished_) {
       const Index first = panels_.begin(finished_);
       panel(finished_).finish(panels_.size(finished_), out + first * stride, stride,

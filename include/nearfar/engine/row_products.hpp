@@ -19,7 +19,7 @@ inline constexpr Index products_at_once = queries_at_once * keys_at_once;
 
 /// The vectors that hold them.
 template <class T>
-inline constexpr Index product_packets = (products_at_once + lanes<T> - 1) / lanes<T>;
+inline constexpr Index product_packets = ceil_div(products_at_once, lanes<T>);
 
 /// How many vectors of features are summed up at once for each of four rows.
 inline constexpr int feature_vectors = vector_registers >= 32 ? 4 : 2;

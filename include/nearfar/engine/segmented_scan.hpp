@@ -51,7 +51,7 @@ class Segments {
   }
 
  private:
-  static Index pieces(Index tokens) { return (tokens + length - 1) / length; }
+  static Index pieces(Index tokens) { return ceil_div(tokens, length); }
   static Range piece(Index first, Index end, Index s) {
     return {std::min(first + s * length, end), std::min(first + (s + 1) * length, end)};
   }
@@ -121,7 +121,7 @@ void scan(Work& work, Index sequences, Index heads, Index size, FunctionRef<Alig
   if (sequences * heads >= work.threads()) {
     // Neighbouring heads share cache lines and pages: as many together as leave every thread enough to do.
     const Index block = std::clamp<Index>(sequences * heads / (2 * work.threads()), 1, heads);
-    const Index blocks = (heads + block - 1) / block;
+    const Index blocks = ceil_div(heads, block);
     work.for_each(sequences * blocks, [&](Index task, Scratch& scratch) {
       const Index b = task / blocks;
       const Range mine{task % blocks * block, std::min(heads, (task % blocks + 1) * block)};

@@ -31,7 +31,7 @@ inline constexpr int row_block = 3;
 /// and the rows are still in the cache.
 inline constexpr Index pool_rows = 2 * row_block;
 
-/// Scores fetch, what the caller would have fetched, once for every so many columns.
+/// While scores are taken, the caller's lookahead takes a step every so many columns.
 template <class T>
 inline constexpr Index fetch_columns = 4 * cache_line / Index{sizeof(T)};
 
@@ -60,10 +60,9 @@ struct PoolingShape {
   /// How often a pooling of `rows` rows fetches.
   template <class T>
   Index fetches(Index rows) const {
-    const auto times = [](Index count, Index step) { return (count + step - 1) / step; };
-    const Index scores =
-        own_columns ? heads * times(dim, fetch_columns<T>) : times(heads, head_block) * times(cols(), fetch_columns<T>);
-    return times(rows, row_block) * scores + times(rows, pool_rows) * heads;
+    const Index scores = own_columns ? heads * ceil_div(dim, fetch_columns<T>)
+                                     : ceil_div(heads, head_block) * ceil_div(cols(), fetch_columns<T>);
+    return ceil_div(rows, row_block) * scores + ceil_div(rows, pool_rows) * heads;
   }
 };
 
@@ -94,13 +93,8 @@ struct SoftmaxPool {
   /// Joins a pooling of other rows, both sums taken at the larger maximum.
   void merge(const SoftmaxPool& other, const PoolingShape& shape) const {
     for (Index h = 0; h < shape.heads; ++h) {
-      if (other.sum[h] == T(0)) continue;
-      const T larger = std::max(max[h], other.max[h]);
-      const T mine = std::exp2(max[h] - larger);
-      const T theirs = std::exp2(other.max[h] - larger);
-      max[h] = larger;
-      sum[h] = mine * sum[h] + theirs * other.sum[h];
-      for (Index c = h * shape.dim; c < (h + 1) * shape.dim; ++c) total[c] = mine * total[c] + theirs * other.total[c];
+      const Index first = h * shape.dim;
+      merge_triples(max[h], sum[h], total + first, other.max[h], other.sum[h], other.total + first, shape.dim);
     }
   }
 
@@ -115,11 +109,6 @@ struct SoftmaxPool {
 /// Vectors of heads: no wider than a block.
 template <class T>
 using HeadPacket = typename Eigen::internal::find_best_packet<T, head_block>::type;
-
-template <class T>
-T exp2_of_difference(T x, T max) {
-  return max == -infinity<T> ? T(0) : std::exp2(x - max);
-}
 
 /// 2^x of `count` numbers in place; up to the next multiple of lanes<T> the array is written too.
 template <class T>

@@ -13,7 +13,7 @@ namespace detail {
 /// Rows that the backward pass takes at a time: they stay in a cache until all their columns are done.
 inline constexpr Index backward_rows = 32;
 
-/// And its products fetch once in so many inner steps.
+/// Its products fetch every so many inner steps.
 inline constexpr Index backward_pace = 2;
 
 /// What reaches rows through the means of their own columns: sum_h weight_ih grad_mean_h. Null weights: nothing does.
@@ -31,11 +31,10 @@ struct MeanShares {
 /// How often score_rows_backward fetches for `rows` rows.
 template <class T>
 Index score_fetches(const PoolingShape& shape, Index rows) {
-  const auto times = [](Index count, Index step) { return (count + step - 1) / step; };
   const Index heads = shape.own_columns ? shape.group : shape.heads;
-  const Index panels = shape.heads / shape.group * times(shape.dim / lanes<T>, 2);
+  const Index panels = shape.heads / shape.group * ceil_div(shape.dim / lanes<T>, 2);
   const auto products = [&](Index count, Index depth) {
-    return times(count, tile_rows<2>) * times(depth, backward_pace);
+    return ceil_div(count, tile_rows<2>) * ceil_div(depth, backward_pace);
   };
   return panels * (products(heads, rows) + products(rows, heads));
 }

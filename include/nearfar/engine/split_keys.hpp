@@ -15,28 +15,23 @@ namespace detail {
 class KeyPieces {
  public:
   template <class T>
-  KeyPieces(Work& work, const Inputs<T>& inputs) : sequences_(sequence_count(inputs)) {
-    first_piece_ = work.take<Index>(sequences_ + 1);
-    first_piece_[0] = 0;
-    for (Index b = 0; b < sequences_; ++b) {
-      const Sequence rows = sequence(inputs, b);
-      first_piece_[b + 1] = first_piece_[b] + std::max<Index>(1, (rows.key_count + length(rows) - 1) / length(rows));
-    }
-    query_offsets_ = work.take<Index>(count() + 1);
-    key_offsets_ = work.take<Index>(count() + 1);
+  KeyPieces(Work& work, const Inputs<T>& inputs)
+      : pieces_(
+            work, sequence_count(inputs), [&](Index b) { return sequence(inputs, b).key_count; },
+            [&](Index b) { return length(sequence(inputs, b)); }),
+        query_offsets_(work.take<Index>(count() + 1)),
+        key_offsets_(work.take<Index>(count() + 1)) {
     query_offsets_[0] = key_offsets_[0] = 0;
-    for (Index b = 0; b < sequences_; ++b) {
-      const Sequence rows = sequence(inputs, b);
-      for (Index p = first_piece_[b]; p < first_piece_[b + 1]; ++p) {
-        const Index keys = std::min((p + 1 - first_piece_[b]) * length(rows), rows.key_count);
-        query_offsets_[p + 1] = query_offsets_[p] + rows.query_count;
-        key_offsets_[p + 1] = rows.key_begin + keys;
-      }
+    for (Index p = 0; p < count(); ++p) {
+      const Tile piece = pieces_[p];
+      const Sequence rows = sequence(inputs, piece.sequence);
+      query_offsets_[p + 1] = query_offsets_[p] + rows.query_count;
+      key_offsets_[p + 1] = rows.key_begin + piece.first + piece.count;
     }
   }
 
-  Index count() const { return first_piece_[sequences_]; }
-  Range of(Index b) const { return {first_piece_[b], first_piece_[b + 1]}; }
+  Index count() const { return pieces_.count(); }
+  Range of(Index b) const { return pieces_.of(b); }
 
   /// All queries of all pieces.
   Index queries() const { return query_offsets_[count()]; }
@@ -81,16 +76,13 @@ class KeyPieces {
  private:
   template <class T, class Visit>
   void for_each_piece(const Inputs<T>& inputs, Visit&& visit) const {
-    for (Index b = 0; b < sequences_; ++b) {
-      for (Index p = of(b).first; p < of(b).end; ++p) visit(sequence(inputs, b), query_begin(p));
-    }
+    for (Index p = 0; p < count(); ++p) visit(sequence(inputs, pieces_[p].sequence), query_begin(p));
   }
 
   // The copies of queries and results come to at most a sixteenth of the keys and values.
   static Index length(const Sequence& rows) { return std::max<Index>(2048, 16 * rows.query_count); }
 
-  Index sequences_;
-  Index* first_piece_;
+  Tiles pieces_;
   Index* query_offsets_;
   Index* key_offsets_;
 };
@@ -103,7 +95,7 @@ template <class T>
 void split_key_attention(Work& work, const Heads& heads, double scale, const Inputs<T>& inputs, Tokens<T> out,
                          double* log_sum_exp) {
   const KeyPieces pieces(work, inputs);
-  if (pieces.count() == sequence_count(inputs)) {
+  if (pieces.count() <= sequence_count(inputs)) {
     wide_window_attention(work, heads, Window{}, scale, inputs, out, log_sum_exp);
     return;
   }
@@ -121,22 +113,17 @@ void split_key_attention(Work& work, const Heads& heads, double scale, const Inp
     const Index head = task % heads.query;
     const Sequence s = sequence(inputs, b);
     for (Index i = 0; i < s.query_count; ++i) {
-      const auto piece = [&](Index p) { return pieces.query_begin(p) + i; };
-      const auto piece_log_sum_exp = [&](Index p) { return partial_log_sum_exp[head * rows + piece(p)]; };
-      double largest = -infinity<double>;
-      for (Index p = pieces.of(b).first; p < pieces.of(b).end; ++p) largest = std::max(largest, piece_log_sum_exp(p));
-      const double shift = largest == -infinity<double> ? 0.0 : largest;
-      T sum = 0;
+      double total = -infinity<double>;
       T* const merged = out.row(s.query_begin + i) + head * dim;
       std::fill_n(merged, dim, T(0));
       for (Index p = pieces.of(b).first; p < pieces.of(b).end; ++p) {
-        const T weight = static_cast<T>(std::exp(piece_log_sum_exp(p) - shift));
-        sum += weight;
-        const T* const part = partial.row(piece(p)) + head * dim;
-        for (Index c = 0; c < dim; ++c) merged[c] += weight * part[c];
+        const Index row = pieces.query_begin(p) + i;
+        const MergeWeights weight(total, partial_log_sum_exp[head * rows + row]);
+        const T* const part = partial.row(row) + head * dim;
+        for (Index c = 0; c < dim; ++c) merged[c] = T(weight.a) * merged[c] + T(weight.b) * part[c];
+        total = weight.log_sum_exp;
       }
-      for (Index c = 0; c < dim && sum > T(0); ++c) merged[c] /= sum;
-      log_sum_exp[head * inputs.query.rows() + s.query_begin + i] = shift + std::log(static_cast<double>(sum));
+      log_sum_exp[head * inputs.query.rows() + s.query_begin + i] = total;
     }
   });
 }
@@ -150,7 +137,7 @@ void split_key_gradient(Work& work, const Heads& heads, double scale, const Inpu
   const KeyPieces pieces(work, inputs);
   T* delta = work.take<T>(heads.query * queries);
   softmax_delta(work, heads, out, grad_out, delta);
-  if (pieces.count() == sequence_count(inputs)) {
+  if (pieces.count() <= sequence_count(inputs)) {
     wide_window_gradient(work, heads, Window{}, scale, inputs, log_sum_exp, grad_out, delta, gradients);
     return;
   }

@@ -1,10 +1,11 @@
 #pragma once
 
-#include <nearfar/context.hpp>
+#include <nearfar/detail/tiles.hpp>
 #include <nearfar/mask.hpp>
 
 #include <algorithm>
 #include <atomic>
+#include <span>
 
 namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
@@ -21,43 +22,28 @@ struct Stretch {
 
 /// All sequences of a batch, divided into stretches by their lengths alone: sums over stretches, taken in order, do not
 /// depend on threads. An empty sequence has none.
-class Stretches {
+class Stretches : public Tiles {
  public:
   /// length(tokens) is how many tokens a stretch has in a sequence of `tokens`; the last may have fewer.
   template <class Scalar, class Length>
   Stretches(Work& work, const Inputs<Scalar>& inputs, Length&& length)
-      : sequences_(sequence_count(inputs)), begin_(work.take<Index>(sequences_ + 1)) {
-    begin_[0] = 0;
-    for (Index b = 0; b < sequences_; ++b) {
-      const Index tokens = sequence(inputs, b).query_count;
-      begin_[b + 1] = begin_[b] + (tokens + length(tokens) - 1) / length(tokens);
-    }
-    stretches_ = work.take<Stretch>(count());
-    for (Index b = 0; b < sequences_; ++b) {
-      const Sequence rows = sequence(inputs, b);
-      const Index each = length(rows.query_count);
-      for (Index i = 0; i * each < rows.query_count; ++i) {
-        stretches_[begin_[b] + i] = {b, rows.query_begin + i * each, std::min(each, rows.query_count - i * each)};
-      }
-    }
+      : Tiles(
+            work, sequence_count(inputs), [&](Index b) { return sequence(inputs, b).query_count; },
+            [&](Index b) { return length(sequence(inputs, b).query_count); }),
+        offsets_(inputs.query_offsets) {}
+
+  Stretch operator[](Index s) const {
+    const Tile tile = Tiles::operator[](s);
+    const Index begin = offsets_.empty() ? 0 : offsets_[static_cast<std::size_t>(tile.sequence)];
+    return {tile.sequence, begin + tile.first, tile.count};
   }
-
-  Index count() const { return begin_[sequences_]; }
-  const Stretch& operator[](Index s) const { return stretches_[s]; }
-
-  Index sequences() const { return sequences_; }
-
-  /// The stretches of sequence b.
-  Range of(Index b) const { return {begin_[b], begin_[b + 1]}; }
 
   /// Groups of neighbours, for sums over all tokens of which each group keeps a part: few, whatever the batch.
   Index groups() const { return std::min<Index>(count(), 64); }
   Range group(Index g) const { return {count() * g / groups(), count() * (g + 1) / groups()}; }
 
  private:
-  Index sequences_;
-  Index* begin_;
-  Stretch* stretches_;
+  std::span<const Index> offsets_;
 };
 
 /// The stretches of each sequence, or of the whole batch, take turns in their order, or in the reverse, while the rest

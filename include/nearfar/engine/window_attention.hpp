@@ -9,9 +9,7 @@ namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
 namespace detail {
 
-/// Softmax attention of every head over the keys that a window shows: the whole of Softmax and of Banded, which differ
-/// in the window alone. Writes out, and the log-sum-exp (heads.query x n_q) where it is not null. `factors`
-/// (heads.query x value_dim) multiply each head and feature of out, unless there are none.
+/// The form of window_attention for many queries and windows that are not narrow.
 ///
 /// A task is one head of one tile of queries; it walks over the keys that some query of the tile sees, at most
 /// KeyTile::capacity at a time. Work n_q * (keys seen) * (dim + value_dim) a head, memory a tile a thread.
@@ -42,7 +40,8 @@ void window_attention_in_tiles(Work& work, const Heads& heads, Window window, do
     const Tokens value =
         inputs.value.middle_rows(rows.key_begin, rows.key_count).middle_cols(key_head * value_dim, value_dim);
     Range seen = band.seen_by_any(tile.first, tile.count);
-    seen.first = seen.first / 16 * 16;
+    // Groups of keys begin where panels of queries do: the diagonal of a causal window crosses as few as it can.
+    seen.first = seen.first / group_rows * group_rows;
     const auto next_keys = [&] { return std::min(seen.count(), KeyTile<T>::capacity); };
 
     // How many queries of the tile see keys before `end`, and how many of them no others.
@@ -95,16 +94,20 @@ void window_attention_in_tiles(Work& work, const Heads& heads, Window window, do
   });
 }
 
-/// As above, by the way that suits the number of queries. For windows that are never narrow: others compile more.
+/// As window_attention, by the way that suits the number of queries. For windows that are never narrow: others compile
+/// more.
 template <class Scalar>
 void wide_window_attention(Work& work, const Heads& heads, Window window, double scale, const Inputs<Scalar>& inputs,
-                           Tokens<Scalar> out, double* log_sum_exp, Tokens<const Accumulator<Scalar>> factors = {}) {
-  const FewQueries<Scalar> few(heads, window, scale, inputs, factors);
+                           Tokens<Scalar> out, double* log_sum_exp) {
+  const FewQueries<Scalar> few(heads, window, scale, inputs, {});
   if (few.suits()) return few.attend(work, out, log_sum_exp);
-  window_attention_in_tiles(work, heads, window, scale, inputs, out, log_sum_exp, factors);
+  window_attention_in_tiles(work, heads, window, scale, inputs, out, log_sum_exp, {});
 }
 
-/// As above, by the way that suits the window too.
+/// Softmax attention of every head over the keys that a window shows: the whole of Softmax and of Banded, which differ
+/// in the window alone. Writes out, and the log-sum-exp (heads.query x n_q) where it is not null. `factors`
+/// (heads.query x value_dim) multiply each head and feature of out, unless there are none. By the way that suits the
+/// window and the number of queries.
 template <class Scalar>
 void window_attention(Work& work, const Heads& heads, Window window, double scale, const Inputs<Scalar>& inputs,
                       Tokens<Scalar> out, double* log_sum_exp, Tokens<const Accumulator<Scalar>> factors = {}) {

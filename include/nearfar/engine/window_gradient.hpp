@@ -11,116 +11,116 @@ namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
 namespace detail {
 
-/// delta_i = grad_out_i . out_i of each head (heads.query x n_q): what the softmax of a row takes off every gradient of
-/// its scores.
-template <class Scalar, class T>
-void softmax_delta(Work& work, const Heads& heads, Tokens<const Scalar> out, Tokens<const Scalar> grad_out, T* delta) {
-  constexpr Index rows = 1024;
-  const Index width = heads.value_width();
-  work.for_each((out.rows() + rows - 1) / rows, [&](Index task, Scratch&) {
-    for (Index i = task * rows; i < std::min((task + 1) * rows, out.rows()); ++i) {
-      for (Index h = 0; h < heads.query; ++h) {
-        const auto features = [&](const auto& tokens) {
-          return tokens.matrix().row(i).segment(h * width, width).array().template cast<T>();
-        };
-        delta[h * out.rows() + i] = (features(out) * features(grad_out)).sum();
-      }
-    }
-  });
-}
-
-/// The backward pass of window_attention: gradients of query, key and value from the saved log-sum-exp and delta, both
-/// heads.query x n_q.
+/// The backward pass of window_attention for windows that are not narrow: gradients of query, key and value from the
+/// saved log-sum-exp and delta, both heads.query x n_q.
 ///
 /// A task is one key/value head of one segment of the keys of a sequence: it alone writes their gradients, and walks
 /// over the queries that see them. Where a sequence has several segments, the gradients of its queries are summed over
 /// them in order, each further segment having rows of its own for the queries that see it. How many there are depends
 /// on the shapes alone. Work 2.5 times the forward pass.
 template <class Scalar>
-void wide_window_gradient(Work& work, const Heads& heads, Window window, double scale, const Inputs<Scalar>& inputs,
-                          const double* log_sum_exp, Tokens<const Scalar> grad_out, const Accumulator<Scalar>* delta,
-                          const InputGradients<Scalar>& gradients) {
+class WideGradient {
   using T = Accumulator<Scalar>;
-  constexpr Index capacity = GradientTile<T>::capacity;
-  constexpr Index enough_tasks = 16;
-  constexpr Index shortest_segment = 512;
-  // With more of them, queries and their weights would crowd what is fetched ahead out of the second-level cache.
-  constexpr Index keys_a_visit = 64;
-  const Index dim = heads.dim;
-  const Index value_dim = heads.value_width();
-  const Index queries = inputs.query.rows();
-  const Index sequences = sequence_count(inputs);
-  if (sequences == 0) return;
-  const Index segments = std::clamp<Index>(inputs.key.rows() / (sequences * shortest_segment), 1,
-                                           std::max<Index>(enough_tasks / (sequences * heads.key_value), 1));
 
-  // The keys [first, end) of segment s of a sequence, and the queries that see one of them.
-  const auto segment = [&](const Sequence& rows, Index s) {
-    return Range{rows.key_count * s / segments, rows.key_count * (s + 1) / segments};
-  };
-  const auto seeing = [&](const Sequence& rows, const Band& band, Range keys) {
-    if (keys.count() == 0) return Range{};
-    return Range{std::clamp<Index>(band.seeing(keys.first).first, 0, rows.query_count),
-                 std::clamp<Index>(band.seeing(keys.end - 1).end, 0, rows.query_count)};
-  };
-  // Where the rows of each segment of each sequence begin.
-  Index* const first_row = work.take<Index>(sequences * segments);
-  Index partial_rows = 0;
-  for (Index b = 0; b < sequences; ++b) {
-    const Sequence rows = sequence(inputs, b);
-    const Band band(window, rows.query_count, rows.key_count);
-    for (Index s = 1; s < segments; ++s) {
-      first_row[b * segments + s] = partial_rows;
-      partial_rows += seeing(rows, band, segment(rows, s)).count();
-    }
+ public:
+  WideGradient(const Heads& heads, Window window, double scale, const Inputs<Scalar>& inputs, const double* log_sum_exp,
+               Tokens<const Scalar> grad_out, const T* delta, const InputGradients<Scalar>& gradients)
+      : heads_(heads),
+        window_(window),
+        scale_(scale),
+        inputs_(inputs),
+        log_sum_exp_(log_sum_exp),
+        grad_out_(grad_out),
+        delta_(delta),
+        gradients_(gradients),
+        sequences_(sequence_count(inputs)),
+        segments_(gradient_segments(inputs.key.rows() / std::max<Index>(sequences_, 1),
+                                    std::max<Index>(sequences_, 1) * heads.key_value)) {}
+
+  void differentiate(Work& work) {
+    take_partial_rows(work);
+    work.for_each(sequences_ * segments_ * heads_.key_value, [&](Index task, Scratch& scratch) {
+      walk(task / heads_.key_value / segments_, task / heads_.key_value % segments_, task % heads_.key_value, scratch);
+    });
+    if (segments_ > 1) add_partial_rows(work);
   }
-  Scalar* const partial = work.take<Scalar>(partial_rows * heads.query_cols());
-  // Of the queries that see segment s of sequence b.
-  const auto grad_query = [&](Index b, Index s, Range queries_seeing) {
-    if (s == 0) {
-      return gradients.query.middle_rows(sequence(inputs, b).query_begin + queries_seeing.first,
-                                         queries_seeing.count());
+
+ private:
+  // With more of them, queries and their weights would crowd what is fetched ahead out of the second-level cache.
+  static constexpr Index keys_a_visit = 64;
+
+  Band band(const Sequence& rows) const { return Band(window_, rows.query_count, rows.key_count); }
+
+  /// The keys of segment s of a sequence.
+  Range segment(const Sequence& rows, Index s) const {
+    return {rows.key_count * s / segments_, rows.key_count * (s + 1) / segments_};
+  }
+
+  /// The queries that see one of these keys.
+  Range seeing(const Sequence& rows, Range keys) const {
+    if (keys.count() == 0) return {};
+    return {std::clamp<Index>(band(rows).seeing(keys.first).first, 0, rows.query_count),
+            std::clamp<Index>(band(rows).seeing(keys.end - 1).end, 0, rows.query_count)};
+  }
+
+  /// Takes rows for the queries that see each further segment.
+  void take_partial_rows(Work& work) {
+    first_row_ = work.take<Index>(sequences_ * segments_);
+    Index rows_taken = 0;
+    for (Index b = 0; b < sequences_; ++b) {
+      const Sequence rows = sequence(inputs_, b);
+      for (Index s = 1; s < segments_; ++s) {
+        first_row_[b * segments_ + s] = rows_taken;
+        rows_taken += seeing(rows, segment(rows, s)).count();
+      }
     }
-    return Tokens<Scalar>(partial + first_row[b * segments + s] * heads.query_cols(), queries_seeing.count(),
-                          heads.query_cols(), heads.query_cols());
-  };
+    partial_ = work.take<Scalar>(rows_taken * heads_.query_cols());
+  }
 
-  work.for_each(sequences * segments * heads.key_value, [&](Index task, Scratch& scratch) {
-    const Index key_head = task % heads.key_value;
-    const Index s = task / heads.key_value % segments;
-    const Index b = task / heads.key_value / segments;
-    const Sequence rows = sequence(inputs, b);
-    const Band band(window, rows.query_count, rows.key_count);
-    const std::uint8_t* mask = key_mask(inputs, rows);
+  /// Where segment s leaves the gradients of the queries that see it.
+  Tokens<Scalar> grad_query(Index b, Index s, Range queries) const {
+    if (s == 0) return gradients_.query.middle_rows(sequence(inputs_, b).query_begin + queries.first, queries.count());
+    return {partial_ + first_row_[b * segments_ + s] * heads_.query_cols(), queries.count(), heads_.query_cols(),
+            heads_.query_cols()};
+  }
+
+  /// Walks over the queries that see segment s of sequence b, for one key/value head.
+  void walk(Index b, Index s, Index key_head, Scratch& scratch) const {
+    const Index dim = heads_.dim;
+    const Index value_dim = heads_.value_width();
+    const Sequence rows = sequence(inputs_, b);
+    const Band band = this->band(rows);
+    const std::uint8_t* mask = key_mask(inputs_, rows);
     const Range own = segment(rows, s);
-    const Range queries_seeing = seeing(rows, band, own);
-
-    const Tokens key = inputs.key.middle_rows(rows.key_begin, rows.key_count).middle_cols(key_head * dim, dim);
-    const Tokens value =
-        inputs.value.middle_rows(rows.key_begin, rows.key_count).middle_cols(key_head * value_dim, value_dim);
-    const Tokens grad_key = gradients.key.middle_rows(rows.key_begin, rows.key_count).middle_cols(key_head * dim, dim);
-    const Tokens grad_value =
-        gradients.value.middle_rows(rows.key_begin, rows.key_count).middle_cols(key_head * value_dim, value_dim);
+    const Range queries = seeing(rows, own);
+    const auto of_head = [&](const auto& tokens, Index width) {
+      return tokens.middle_rows(rows.key_begin, rows.key_count).middle_cols(key_head * width, width);
+    };
+    const Tokens key = of_head(inputs_.key, dim);
+    const Tokens value = of_head(inputs_.value, value_dim);
+    const Tokens grad_key = of_head(gradients_.key, dim);
+    const Tokens grad_value = of_head(gradients_.value, value_dim);
 
     GradientTile<T> tile(scratch, dim, value_dim);
     KeyTile<T> keys(scratch, dim, value_dim);
     const auto grad_key_row = [&](Index j) { return grad_key.row(keys.position(j)); };
     const auto grad_value_row = [&](Index j) { return grad_value.row(keys.position(j)); };
     FreshGradients<Scalar> fresh(grad_key, grad_value, own);
-    for (Index h = key_head * heads.group(); h < (key_head + 1) * heads.group(); ++h) {
-      const Tokens to = grad_query(b, s, queries_seeing).middle_cols(h * dim, dim);
+    for (Index h = key_head * heads_.group(); h < (key_head + 1) * heads_.group(); ++h) {
+      const Tokens query = inputs_.query.middle_cols(h * dim, dim);
+      const Tokens grad = grad_out_.middle_cols(h * value_dim, value_dim);
+      const Tokens to = grad_query(b, s, queries).middle_cols(h * dim, dim);
       if (s == 0) {
-        const Tokens all = gradients.query.middle_rows(rows.query_begin, rows.query_count).middle_cols(h * dim, dim);
-        all.middle_rows(0, queries_seeing.first).matrix().setZero();
-        all.middle_rows(queries_seeing.end, rows.query_count - queries_seeing.end).matrix().setZero();
+        const Tokens all = gradients_.query.middle_rows(rows.query_begin, rows.query_count).middle_cols(h * dim, dim);
+        all.middle_rows(0, queries.first).matrix().setZero();
+        all.middle_rows(queries.end, rows.query_count - queries.end).matrix().setZero();
       }
-      for (Index i = queries_seeing.first; i < queries_seeing.end; i += capacity) {
-        const Index count = std::min(capacity, queries_seeing.end - i);
+      for (Index i = queries.first, count; i < queries.end; i += count) {
+        count = std::min(GradientTile<T>::capacity, queries.end - i);
         const Index row = rows.query_begin + i;
-        const Tokens query = inputs.query.middle_cols(h * dim, dim);
-        const Tokens grad = grad_out.middle_cols(h * value_dim, value_dim);
-        tile.load(query.middle_rows(row, count), grad.middle_rows(row, count), i, log_sum_exp + h * queries + row,
-                  delta + h * queries + row, T(scale));
+        const Index of_query = h * inputs_.query.rows() + row;
+        tile.load(query.middle_rows(row, count), grad.middle_rows(row, count), i, log_sum_exp_ + of_query,
+                  delta_ + of_query, T(scale_));
         const Range seen = band.seen_by_any(i, count);
         const Index end = std::min(seen.end, own.end);
         for (Index j = std::max(seen.first, own.first); j < end;) {
@@ -136,8 +136,8 @@ void wide_window_gradient(Work& work, const Heads& heads, Window window, double 
           };
           announce_keys(j, end);
           const Index next = i + count;
-          const Index queries_ahead = std::min(capacity, queries_seeing.end - next);
-          if (j == end) ahead.add(to.middle_rows(i - queries_seeing.first, count));
+          const Index queries_ahead = std::min(GradientTile<T>::capacity, queries.end - next);
+          if (j == end) ahead.add(to.middle_rows(i - queries.first, count));
           if (j == end && queries_ahead > 0) {
             announce_keys(std::max(band.first(next), own.first), own.end);
             ahead.add(query.middle_rows(row + count, queries_ahead));
@@ -146,28 +146,48 @@ void wide_window_gradient(Work& work, const Heads& heads, Window window, double 
           tile.visit(keys, band, written, grad_key_row, grad_value_row);
           keys.clear();
         }
-        tile.finish(to.middle_rows(i - queries_seeing.first, count));
+        tile.finish(to.middle_rows(i - queries.first, count));
       }
     }
     fresh.finish();
-  });
-  if (segments == 1) return;
+  }
 
-  constexpr Index block = 256;
-  const Tiles tiles(work, inputs, block);
-  work.for_each(tiles.count(), [&](Index task, Scratch&) {
-    const Tile tile = tiles[task];
-    const Sequence rows = sequence(inputs, tile.sequence);
-    const Band band(window, rows.query_count, rows.key_count);
-    for (Index s = 1; s < segments; ++s) {
-      const Range part = seeing(rows, band, segment(rows, s));
-      const Index first = std::max(part.first, tile.first);
-      const Index count = std::min(part.end, tile.first + tile.count) - first;
-      if (count <= 0) continue;
-      gradients.query.middle_rows(rows.query_begin + first, count).matrix() +=
-          grad_query(tile.sequence, s, part).middle_rows(first - part.first, count).matrix();
-    }
-  });
+  /// Adds to the gradients of the queries, which the first segment has written, those of the others in order.
+  void add_partial_rows(Work& work) const {
+    const Tiles tiles(work, inputs_, 256);
+    work.for_each(tiles.count(), [&](Index task, Scratch&) {
+      const Tile tile = tiles[task];
+      const Sequence rows = sequence(inputs_, tile.sequence);
+      for (Index s = 1; s < segments_; ++s) {
+        const Range part = seeing(rows, segment(rows, s));
+        const Index first = std::max(part.first, tile.first);
+        const Index count = std::min(part.end, tile.first + tile.count) - first;
+        if (count <= 0) continue;
+        gradients_.query.middle_rows(rows.query_begin + first, count).matrix() +=
+            grad_query(tile.sequence, s, part).middle_rows(first - part.first, count).matrix();
+      }
+    });
+  }
+
+  const Heads& heads_;
+  Window window_;
+  double scale_;
+  const Inputs<Scalar>& inputs_;
+  const double* log_sum_exp_;
+  Tokens<const Scalar> grad_out_;
+  const T* delta_;
+  const InputGradients<Scalar>& gradients_;
+  Index sequences_;
+  Index segments_;
+  Index* first_row_ = nullptr;  // where the rows of a segment of a sequence begin
+  Scalar* partial_ = nullptr;
+};
+
+template <class Scalar>
+void wide_window_gradient(Work& work, const Heads& heads, Window window, double scale, const Inputs<Scalar>& inputs,
+                          const double* log_sum_exp, Tokens<const Scalar> grad_out, const Accumulator<Scalar>* delta,
+                          const InputGradients<Scalar>& gradients) {
+  WideGradient<Scalar>(heads, window, scale, inputs, log_sum_exp, grad_out, delta, gradients).differentiate(work);
 }
 
 /// As above, by the way that suits the window. Where it is never narrow, the other alone compiles less.

@@ -84,8 +84,10 @@ class WindowMechanism {
   }
 
  private:
+  static constexpr bool has_window = requires(const MechanismOptions& options) { options.window; };
+
   void check_streams() const {
-    if constexpr (requires { options_.window; }) {
+    if constexpr (has_window) {
       require(window_.right == 0, name_,
               "a stream needs causal attention or window.right 0, but causal is false and window.right is ",
               window_.right, ".");
@@ -109,7 +111,7 @@ class WindowMechanism {
       for (Index i = 0; i < queries; ++i) delta[h * queries + i] -= Accumulator<T>(grad_log_sum_exp(h, i));
     }
     const double* const log_sum_exp = saved.log_sum_exp.data();
-    if constexpr (requires { options_.window; }) {
+    if constexpr (has_window) {
       window_gradient(work, heads_, window_, scale(), inputs, log_sum_exp, grad_out, delta, grad_inputs);
     } else {
       wide_window_gradient(work, heads_, window_, scale(), inputs, log_sum_exp, grad_out, delta, grad_inputs);
@@ -120,7 +122,7 @@ class WindowMechanism {
 
   void attend(const Inputs<T>& inputs, Tokens<T> out, double* log_sum_exp, Context& context) const {
     Work work(context);
-    if constexpr (requires { options_.window; }) {
+    if constexpr (has_window) {
       window_attention(work, heads_, window_, scale(), inputs, out, log_sum_exp);
     } else {
       wide_window_attention(work, heads_, window_, scale(), inputs, out, log_sum_exp);
