@@ -42,10 +42,11 @@ double Result::counter(const std::string& name) const {
   return found == counters.end() ? std::numeric_limits<double>::quiet_NaN() : found->second;
 }
 
-bool Report::ReportContext(const Context& context) {
+bool Report::ReportContext(const Context&) {
   std::printf(
-      "%zu rows on %d cores; each: first call counts memory, then timed calls between two samples of the machine\n\n",
-      rows_, context.cpu_info.num_cpus);
+      "%zu rows on up to %d threads; each: first call counts memory, then timed calls between two samples of the "
+      "machine\n\n",
+      rows_, processors_);
   for (const std::string& note : notes_) std::printf("%s\n\n", note.c_str());
   return true;
 }

@@ -27,7 +27,10 @@ class Report : public benchmark::BenchmarkReporter {
  public:
   /// `plots` is the folder for the data of the plots; none are written if it is empty.
   Report(const Suite& suite, std::string plots)
-      : rows_(suite.size()), notes_(suite.notes()), plots_(std::move(plots)) {}
+      : rows_(suite.size()),
+        processors_(suite.thread_counts().back()),
+        notes_(suite.notes()),
+        plots_(std::move(plots)) {}
 
   bool ReportContext(const Context& context) override;
   void ReportRuns(const std::vector<Run>& runs) override;
@@ -38,6 +41,7 @@ class Report : public benchmark::BenchmarkReporter {
 
  private:
   std::size_t rows_;
+  int processors_;
   std::vector<std::string> notes_;
   std::string plots_;
   std::vector<Result> results_;

@@ -7,6 +7,10 @@
 
 #include <exception>
 
+#ifndef NEARFAR_README
+#define NEARFAR_README "README.md"
+#endif
+
 int main(int count, char** values) try {
   const Arguments arguments(count, values);
   if (arguments.words.size() > 1)

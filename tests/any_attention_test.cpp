@@ -334,6 +334,9 @@ TEST(AnyAttention, CopiesItsParametersFromWhereTheyStand) {
   const std::vector<Matrix<double>> copied = all_of(copy);
   copy.for_each([](const auto&, Matrix<double>& matrix) { matrix.setZero(); });
   EXPECT_EQ(copied.size(), 6u);
+  std::size_t zeros = 0;
+  std::as_const(copy).for_each([&](const auto&, const Matrix<double>& matrix) { zeros += matrix.isZero(0); });
+  EXPECT_EQ(zeros, copied.size());
   EXPECT_EQ(copied, all_of(any.parameters()));
 }
 
@@ -545,6 +548,7 @@ TEST(AnyAttention, TrainsAndStreamsAMechanismWithoutAContext) {
   const Matrix<double> grad_out = random_sample<double>(heads, 3, 2).query;
   const Matrix<double> expected = -sample.value;
   const Any attention(heads, "scaled_value:sign=minus");
+  EXPECT_EQ(attention.heads(), heads);
   EXPECT_EQ(attention.line(), "scaled_value:sign=minus");
   EXPECT_TRUE(same_bits(run_forward(attention, sample), expected));
 

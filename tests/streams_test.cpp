@@ -11,6 +11,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 // What a stream holds of the tokens it has seen, however many they are, and what it refuses. That its rows are those
 // of forward is tested for all mechanisms at once, in properties_streams_test.cpp.
@@ -189,6 +190,13 @@ TEST(Streams, RefuseBadArgumentsInPlainSentences) {
       error_of([&] { multipole.extend(of_other_block, sample.inputs(), out); }),
       "nearfar::Multipole: this state holds 0 near tokens and 0 pooled rows, but its options need 6 and 8: take it "
       "from start().");
+  // What has moved to another state leaves its count behind.
+  auto busy = softmax.start();
+  auto idle = softmax.start();
+  softmax.extend(busy, sample.inputs(), out);
+  idle = std::move(busy);
+  EXPECT_EQ(error_of([&] { softmax.extend(busy, sample.inputs(), out); }),
+            "nearfar::Softmax: this state holds 10 tokens, but has room for 0: take it from start().");
   auto good = softmax.start();
   auto inputs = sample.inputs();
   const std::vector<Index> offsets{0, 4, 10};

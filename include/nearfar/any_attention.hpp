@@ -72,6 +72,8 @@ class AnyAttentionOf {
 
  public:
   using Scalar = typename std::tuple_element_t<0, std::tuple<Mechanisms...>>::Scalar;
+  static_assert((std::same_as<typename Mechanisms::Scalar, Scalar> && ...),
+                "nearfar: the mechanisms of AnyAttention have one scalar type, and these have different ones.");
 
   /// What backward needs of the mechanism that ran forward.
   struct Saved {
@@ -86,6 +88,10 @@ class AnyAttentionOf {
     void for_each(Visit&& visit) {
       std::visit([&](auto& held) { held.parameters.for_each(visit); }, of);
     }
+    template <class Visit>
+    void for_each(Visit&& visit) const {
+      std::visit([&](const auto& held) { held.parameters.for_each(visit); }, of);
+    }
   };
 
   /// What a stream of the mechanism that started it remembers.
@@ -93,7 +99,8 @@ class AnyAttentionOf {
     std::variant<detail::StateOf<Mechanisms>...> of;
   };
 
-  /// The parameters where they stand in the mechanism, for an optimiser to step.
+  /// The parameters where they stand in the mechanism, for an optimiser to step: to keep a copy of them, name the type
+  /// Parameters. Not to be used once the attention is moved or gone.
   class ParametersInPlace {
    public:
     explicit ParametersInPlace(AnyAttentionOf& attention) : attention_(attention) {}
@@ -126,8 +133,8 @@ class AnyAttentionOf {
     return visit([](const auto& mechanism) { return name_of(mechanism.options()); });
   }
 
-  /// The line that makes the same again: it sets what was set, in that order, without blanks and every value in its
-  /// shortest form. A line of that form comes back as it was.
+  /// The line that makes the same again: it sets what was set, in that order, without blanks and every value in one
+  /// form (0.001 for 1e-3). Read again, it comes back as it was.
   const std::string& line() const { return line_; }
 
   /// f(mechanism), of the mechanism that is held.
@@ -136,8 +143,8 @@ class AnyAttentionOf {
     return std::visit(std::forward<F>(f), mechanism_);
   }
 
-  const Heads& heads() const {
-    return visit([](const auto& mechanism) -> const Heads& { return mechanism.heads(); });
+  Heads heads() const {
+    return visit([](const auto& mechanism) -> Heads { return mechanism.heads(); });
   }
 
   Parameters parameters() const requires differentiable {

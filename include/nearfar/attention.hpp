@@ -81,8 +81,8 @@ struct InputGradients {
 /// The parameters of a mechanism that has nothing to learn.
 ///
 /// Every mechanism's Parameters is a plain struct of matrices whose `for_each(visit)` calls visit(name, matrix) for
-/// each of them in a fixed order: that is how an optimiser steps them, a checkpoint writes them, and a gradient is set
-/// to zero.
+/// each of them in a fixed order, const or not: that is how an optimiser steps them, a checkpoint writes them, and a
+/// gradient is set to zero.
 struct NoParameters {
   template <class Visit>
   void for_each(Visit&&) const {}

@@ -40,12 +40,12 @@ struct NystromOptions {
 ///
 /// Shapes as Softmax with n_q = n_k = n, bidirectional alone. Time: 4 n r (dim + value_dim) flops a
 /// head, and of order r^3 for A^+ (4 r^3 multiply-adds an iteration). Memory beside inputs and out: the landmarks, r^2
-/// numbers a head, and for every 2048 tokens r rows of partial results; a second call of the same shapes allocates
-/// nothing. Masked tokens enter no mean and no softmax over keys, but have a row of out as queries; a segment without
-/// any other token has no landmark. So a sequence of fewer tokens than `landmarks` has one landmark a token, which
-/// makes the result exact attention. Where all keys are masked out is zero, and the log-sum-exp -infinity. Where pivots
-/// were dropped, the gradient is that at constant rank. Source: Xiong et al., Nystromformer, arXiv 2102.03902,
-/// algorithm 1.
+/// numbers a head, and for every 2048 tokens r rows of partial results; a second call of the same shapes (with a
+/// Saved: and the same mask) allocates nothing. Masked tokens enter no mean and no softmax over keys, but have a row of
+/// out as queries; a segment without any other token has no landmark. So a sequence of fewer tokens than `landmarks`
+/// has one landmark a token, which makes the result exact attention. Where all keys are masked out is zero, and the
+/// log-sum-exp -infinity. Where pivots were dropped, the gradient is that at constant rank. Source: Xiong et al.,
+/// Nystromformer, arXiv 2102.03902, algorithm 1.
 template <class T>
 class Nystrom {
  public:

@@ -226,7 +226,7 @@ Options read_options(const OptionLine& line, std::span<const LineOption<Options>
     const auto has_name = [&](const auto& option) { return option.name == given->name; };
     const auto option = std::find_if(table.begin(), table.end(), has_name);
     require(option != table.end(), line_reader, "unknown option \"", given->name, "\" of ", line.mechanism,
-            "; known are ", joined(names_of(table)), ".");
+            "; known are ", table.empty() ? "none" : joined(names_of(table)), ".");
     require(std::none_of(line.options.begin(), given, has_name), line_reader, "option ", given->name, " of ",
             line.mechanism, " is given twice.");
     require(option->read(given->value, options), line_reader, "option ", given->name, " of ", line.mechanism,

@@ -190,7 +190,7 @@ void transform_backward(const AdditiveCall<T>& call, Tokens<const T> grad_out, c
                         Tokens<T> rows) {
   const Index width = call.width();
   call.work.for_each(call.stretches.count(), [&](Index s, Scratch& scratch) {
-    const Stretch& stretch = call.stretches[s];
+    const Stretch stretch = call.stretches[s];
     for (Index first = stretch.first; first < stretch.end(); first += transform_rows) {
       const Scratch::Scope scope(scratch);
       const Tokens<T> block = rows.middle_rows(first, std::min(transform_rows, stretch.end() - first));
@@ -219,7 +219,7 @@ void transform_weights_backward(const AdditiveCall<T>& call, const AdditiveGradi
     T* const u = scratch.take<T>(transform_rows * columns);
     std::fill_n(u, transform_rows * columns, T(0));
     for (Index s = 0; s < call.stretches.count(); ++s) {
-      const Stretch& stretch = call.stretches[s];
+      const Stretch stretch = call.stretches[s];
       for (Index first = stretch.first; first < stretch.end(); first += transform_rows) {
         const Index count = std::min(transform_rows, stretch.end() - first);
         for (Index i = 0; i < count; ++i) {

@@ -59,7 +59,7 @@ SequencePools<T> pool_sequences(const AdditiveCall<T>& call, const PoolingShape&
     const auto block_of = [&](const Stretch& stretch, Index first) {
       return rows.middle_rows(first, std::min(block, stretch.end() - first));
     };
-    const Stretch& stretch = stretches[s];
+    const Stretch stretch = stretches[s];
     const Stretch next = call.after(s);
     for (Index first = stretch.first, end; first < stretch.end(); first = end) {
       end = std::min(first + block, stretch.end());
@@ -111,7 +111,7 @@ void additive_global(const AdditiveCall<T>& call, const AdditiveOut<T>& out) {
       saved == nullptr ? nullptr : &saved->key_weights);
 
   call.work.for_each(call.stretches.count(), [&](Index s, Scratch& scratch) {
-    const Stretch& stretch = call.stretches[s];
+    const Stretch stretch = call.stretches[s];
     const Index b = stretch.sequence;
     T* const global_key = scratch.take<T>(width);
     for (Index c = 0; c < width; ++c) global_key[c] = queries.mean(b)[c] * keys.mean(b)[c];
@@ -141,7 +141,7 @@ void pool_sequences_backward(const AdditiveCall<T>& call, const PoolingShape& sh
   const Index size = shape.padded() * shape.cols();
   const auto differentiate = [&](Index group, Index s, Index then, Scratch& scratch) {
     const Scratch::Scope scope(scratch);
-    const Stretch& stretch = stretches[s];
+    const Stretch stretch = stretches[s];
     const T* const grad_mean = grad_means + stretch.sequence * shape.width();
     const T* const weights = weights_of(stretch.sequence, scratch);
     T* const center = scratch.take<T>(shape.padded());

@@ -97,7 +97,7 @@ void additive_prefix(const AdditiveCall<T>& call, const AdditiveOut<T>& out, T* 
   call.work.for_each(stretches.count(), [&](Index s, Scratch& scratch) {
     const auto query_promise = queries.promise(s);
     const auto key_promise = keys.promise(s);
-    const Stretch& stretch = stretches[s];
+    const Stretch stretch = stretches[s];
     const Visible visible(call, stretch);
     const auto take_row = [&] { return scratch.take<T>(width); };
     // What a walk over the stretch reads is fetched during the one before: of the next queries two fifths during the

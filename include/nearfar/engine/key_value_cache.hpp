@@ -102,6 +102,10 @@ void check_cache(std::string_view mechanism, const Heads& heads, const KeyValueC
   require(cache.key.cols() == heads.key_cols() && cache.value.cols() == heads.value_cols(), mechanism,
           "this state holds keys and values of ", cache.key.cols(), " and ", cache.value.cols(),
           " columns, but its heads need ", heads.key_cols(), " and ", heads.value_cols(), ": take it from start().");
+  // What a state that was moved from still says it holds may be gone.
+  const Index room = std::min({cache.key.rows(), cache.value.rows(), static_cast<Index>(cache.mask.size())});
+  require(cache.count <= room, mechanism, "this state holds ", cache.count, " tokens, but has room for ", room,
+          ": take it from start().");
 }
 
 /// How far a stream looks back through a window.

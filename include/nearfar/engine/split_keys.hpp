@@ -4,7 +4,6 @@
 #include <nearfar/engine/window_gradient.hpp>
 
 #include <cmath>
-#include <span>
 
 namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
@@ -39,8 +38,8 @@ class KeyPieces {
   /// The first query of a piece.
   Index query_begin(Index piece) const { return query_offsets_[piece]; }
 
-  std::span<const Index> query_offsets() const { return {query_offsets_, static_cast<std::size_t>(count()) + 1}; }
-  std::span<const Index> key_offsets() const { return {key_offsets_, static_cast<std::size_t>(count()) + 1}; }
+  List<Index> query_offsets() const { return {query_offsets_, static_cast<std::size_t>(count()) + 1}; }
+  List<Index> key_offsets() const { return {key_offsets_, static_cast<std::size_t>(count()) + 1}; }
 
   /// A copy for each piece of the rows of its sequence's queries.
   template <class T>

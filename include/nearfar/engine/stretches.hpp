@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <span>
 
 namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
@@ -43,7 +42,7 @@ class Stretches : public Tiles {
   Range group(Index g) const { return {count() * g / groups(), count() * (g + 1) / groups()}; }
 
  private:
-  std::span<const Index> offsets_;
+  List<Index> offsets_;
 };
 
 /// The stretches of each sequence, or of the whole batch, take turns in their order, or in the reverse, while the rest
