@@ -9,6 +9,7 @@
 #include <exception>
 
 int main(int count, char** values) try {
+  using namespace encoder;
   const Arguments arguments(count, values);
   if (arguments.words.size() < 2) throw std::invalid_argument("usage: choose_at_runtime FILE LINE... [--length N]");
 

@@ -15,6 +15,8 @@
 #include <string>
 #include <vector>
 
+namespace encoder {
+
 /// The command line: the words that are no option, and --length N.
 struct Arguments {
   std::vector<std::string> words;
@@ -131,3 +133,5 @@ class Comparison {
   Matrix tokens_;
   Measurement softmax_;
 };
+
+}  // namespace encoder

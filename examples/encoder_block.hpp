@@ -12,6 +12,8 @@
 #include <string_view>
 #include <utility>
 
+namespace encoder {
+
 using nearfar::Index;
 using Matrix = nearfar::Matrix<float>;
 
@@ -86,3 +88,5 @@ class EncoderBlock {
   Attention attention_;
   Matrix w_q_, w_k_, w_v_, w_o_, w_1_, w_2_;
 };
+
+}  // namespace encoder

@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstdio>
 
+using nearfar::Index;
+
 /// Average attention: every token sees the plain mean of the values up to its own.
 ///
 ///   out_i = mean_{j <= i} v_j
@@ -60,6 +62,7 @@ class AverageAttention {
 static_assert(nearfar::Attention<AverageAttention<float>>);
 
 int main() {
+  using namespace encoder;
   const nearfar::Heads heads{.query = 4, .key_value = 4, .dim = 16};
   const Index width = 64;
   std::mt19937 random(1);

@@ -12,6 +12,7 @@
 #endif
 
 int main(int count, char** values) try {
+  using namespace encoder;
   const Arguments arguments(count, values);
   if (arguments.words.size() > 1)
     throw std::invalid_argument("one FILE at most, but " + arguments.words[1] + " follows.");

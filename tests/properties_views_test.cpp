@@ -50,6 +50,22 @@ TEST_P(Views, QueryKeyAndValueMayBeTheSameView) {
   EXPECT_TRUE(same_bits(out, run_forward(*subject, Sample<double>{tokens, tokens, tokens})));
 }
 
+// As generic code of Eigen's takes matrices, and as it writes through const ones.
+template <class Q, class Out>
+void attend(const Subject<float>& subject, const Eigen::MatrixBase<Q>& tokens, const Eigen::MatrixBase<Out>& out) {
+  Context context(1);
+  subject.forward({tokens, tokens, tokens}, const_cast<Eigen::MatrixBase<Out>&>(out), context);
+}
+
+TEST_P(Views, GenericCodeMayPassWhatAMatrixIsDerivedFrom) {
+  const Heads heads{.query = 2, .key_value = 2, .dim = 6};
+  const auto subject = make<float>(heads);
+  const Matrix<float> tokens = Random(825).matrix<float>(40, 12);
+  Matrix<float> out = Matrix<float>::Zero(50, 12);
+  attend(*subject, tokens, out.middleRows(3, 40));
+  EXPECT_TRUE(same_bits(out.middleRows(3, 40).eval(), run_forward(*subject, Sample<float>{tokens, tokens, tokens})));
+}
+
 TEST_P(Views, BackwardOfScatteredRowsGivesTheSameBits) {
   if (!make<double>()->can_be_trained()) GTEST_SKIP() << "no backward pass";
   in_each_scalar([]<class T>(T) {

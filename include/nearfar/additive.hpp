@@ -141,7 +141,7 @@ class Additive {
     const detail::AdditiveCall<T> call = prepare(inputs, work);
     check_saved(call, saved);
     const Index width = heads_.query_cols();
-    const auto take_weights = [&] { return Tokens<T>(work.take<T>(heads_.query * width), heads_.query, width, width); };
+    const auto take_weights = [&] { return detail::take_rows<T>(work, heads_.query, width); };
     detail::AdditiveGradients<T> gradients{saved,          grad_out,       grad_out, grad,
                                            take_weights(), take_weights(), {},       nullptr};
     if (options_.transform) {
@@ -232,7 +232,7 @@ class Additive {
   const T* pack(const Matrix<T>& weights, detail::Work& work) const {
     const Index width = heads_.query_cols();
     const Index rows = detail::PoolingShape{heads_.query, heads_.dim}.padded();
-    const Tokens<T> packed(work.take<T>(rows * width), rows, width, width);
+    const Tokens<T> packed = detail::take_rows<T>(work, rows, width);
     std::fill_n(packed.data(), rows * width, T(0));
     for (Index h = 0; h < heads_.query; ++h) {
       for (Index c = 0; c < weights.cols(); ++c) packed(h, first_column(h) + c) = weight_factor() * weights(h, c);

@@ -5,6 +5,7 @@
 
 #include <concepts>
 #include <cstdint>
+#include <initializer_list>
 #include <span>
 #include <type_traits>
 
@@ -36,6 +37,12 @@ template <class Element>
 struct List : std::span<const Element> {
   using std::span<const Element>::span;
   List(std::span<const Element> list) : std::span<const Element>(list) {}
+
+  template <class Never = Element>
+  List(std::initializer_list<Element>) {
+    static_assert(detail::never<Never>,
+                  "nearfar: a list in braces is gone before it is read: name it, as a std::vector or an array.");
+  }
 
   template <class Other>
   requires(!std::is_constructible_v<std::span<const Element>, const Other&>) List(const Other&) {

@@ -25,9 +25,9 @@ class Work;
 class Context {
  public:
   /// A context of `threads` threads, the caller's among them; 0 takes as many as there are processors for this process.
-  explicit Context(int threads = 0) : crew_(checked(threads)), scratch_(static_cast<std::size_t>(crew_.size())) {}
+  explicit Context(int threads = 0) : pool_(checked(threads)), scratch_(static_cast<std::size_t>(pool_.size())) {}
 
-  int threads() const { return crew_.size(); }
+  int threads() const { return pool_.size(); }
 
   /// Bytes of working memory held.
   std::size_t scratch_bytes() const {
@@ -56,7 +56,7 @@ class Context {
   }
 
   mutable std::mutex mutex_;
-  detail::Crew crew_;
+  detail::ThreadPool pool_;
   detail::Scratch shared_;
   std::vector<detail::Scratch> scratch_;
 };
@@ -83,7 +83,7 @@ class Work {
     Scratch::Scope scope_;
   };
 
-  int threads() const { return context_.crew_.size(); }
+  int threads() const { return context_.pool_.size(); }
 
   /// The task that a thread likely takes after this one: the others take those between.
   Index likely_next(Index task) const { return task + threads(); }
@@ -97,7 +97,7 @@ class Work {
   /// Runs task(index, scratch) for each index in [0, count), on any thread. Tasks begin in the order of their indices,
   /// which Turns relies on, and end in any; what a task takes of its scratch is given back when it ends.
   void for_each(Index count, FunctionRef<void(Index, Scratch&)> task) {
-    context_.crew_.run(count, [&](Index index, int worker) {
+    context_.pool_.run(count, [&](Index index, int worker) {
       Scratch& scratch = context_.scratch_[static_cast<std::size_t>(worker)];
       const Scratch::Scope scope(scratch);
       task(index, scratch);

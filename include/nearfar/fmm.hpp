@@ -156,7 +156,7 @@ class Fmm {
     const Tokens<T> grad_gates = take_gates(work);
     grad_gates.matrix().setZero();
 
-    const Tokens<T> grad_near(work.take<T>(rows * heads_.out_cols()), rows, heads_.out_cols(), heads_.out_cols());
+    const Tokens<T> grad_near = detail::take_rows<T>(work, rows, heads_.out_cols());
     weigh(work, grad_out, gates.near, grad_near);
     add_gate_gradient(work, saved.near, grad_out, grad_gates.middle_rows(0, heads_.query));
     T* delta = work.take<T>(heads_.query * rows);
@@ -214,7 +214,7 @@ class Fmm {
 
   Tokens<T> take_gates(detail::Work& work) const {
     const Index rows = (1 + maps()) * heads_.query, cols = heads_.value_width();
-    return {work.take<T>(rows * cols), rows, cols, cols};
+    return detail::take_rows<T>(work, rows, cols);
   }
 
   // Calls visit(weight, row, col) for every gate and the weight that opens it.
@@ -251,7 +251,7 @@ class Fmm {
 
   // to_i = gate * from_i for every token.
   void weigh(detail::Work& work, Tokens<const T> from, Tokens<const T> gate, Tokens<T> to) const {
-    const Eigen::Map<const Eigen::Array<T, 1, Eigen::Dynamic>> factor(gate.data(), to.cols());
+    const detail::RowArray<const T> factor(gate.data(), to.cols());
     for_each_block(work, to.rows(), [&](Index, Index first, Index count) {
       to.middle_rows(first, count).matrix().array() =
           from.middle_rows(first, count).matrix().array().rowwise() * factor;
@@ -261,7 +261,7 @@ class Fmm {
   // grad_gate += sum_i near_i * grad_out_i, block by block in their order.
   void add_gate_gradient(detail::Work& work, Tokens<const T> near, Tokens<const T> grad_out,
                          Tokens<T> grad_gate) const {
-    using Row = Eigen::Map<Eigen::Array<T, 1, Eigen::Dynamic>>;
+    using Row = detail::RowArray<T>;
     const Index cols = near.cols();
     T* partial = work.take<T>(blocks(near.rows()) * cols);
     for_each_block(work, near.rows(), [&](Index block, Index first, Index count) {

@@ -91,7 +91,7 @@ class Nystrom {
     detail::Work work(context);
     const detail::Landmarks landmarks(work, inputs, options_.landmarks);
     const Index rows = landmarks.count();
-    const auto take = [&](Index cols) { return Tokens<T>(work.take<T>(rows * cols), rows, cols, cols); };
+    const auto take = [&](Index cols) { return detail::take_rows<T>(work, rows, cols); };
     const Index dims = heads_.query_cols(), value_dims = heads_.out_cols();
     attend(work, inputs, out, landmarks,
            {take(dims),
@@ -128,7 +128,7 @@ class Nystrom {
     const detail::Landmarks landmarks(work, inputs, options_.landmarks);
     const Index rows = landmarks.count();
     check_saved(saved, landmarks, inputs.query.rows());
-    const auto take = [&](Index cols) { return Tokens<T>(work.take<T>(rows * cols), rows, cols, cols); };
+    const auto take = [&](Index cols) { return detail::take_rows<T>(work, rows, cols); };
     const Tokens<T> grad_query = take(heads_.query_cols()), grad_kernel_query = take(heads_.query_cols());
     const Tokens<T> grad_key = take(heads_.query_cols());
     const Tokens<T> grad_value = take(heads_.out_cols()), grad_landmark_out = take(heads_.out_cols());

@@ -11,6 +11,9 @@ inline namespace NEARFAR_VERSION_NAMESPACE {
 
 using Index = Eigen::Index;
 
+template <class Scalar>
+class Tokens;
+
 /// The type in which sums over Scalar are carried: a narrower storage type would name a wider one here.
 template <class Scalar>
 struct AccumulatorOf {
@@ -29,6 +32,18 @@ namespace detail {
 template <class Dense>
 concept DenseMatrix = std::is_base_of_v<Eigen::DenseBase<std::remove_cvref_t<Dense>>, std::remove_cvref_t<Dense>>;
 
+/// Numbers that lie side by side, to compute with.
+template <class Scalar>
+using RowArray = Eigen::Map<
+    std::conditional_t<std::is_const_v<Scalar>, const Eigen::Array<std::remove_const_t<Scalar>, 1, Eigen::Dynamic>,
+                       Eigen::Array<Scalar, 1, Eigen::Dynamic>>>;
+
+/// MatrixBase and its like, as which generic code of Eigen's takes any matrix.
+template <class Base>
+concept BaseOfDense = !DenseMatrix<Base> && requires(Base & matrix) {
+  { matrix.derived() } -> DenseMatrix;
+};
+
 template <class Dense>
 inline constexpr bool has_direct_access = (static_cast<unsigned>(Eigen::internal::traits<Dense>::Flags) &
                                            static_cast<unsigned>(Eigen::DirectAccessBit)) != 0;
@@ -36,14 +51,19 @@ inline constexpr bool has_direct_access = (static_cast<unsigned>(Eigen::internal
 template <class>
 inline constexpr bool never = false;
 
+template <class>
+inline constexpr bool is_tokens = false;
+template <class Scalar>
+inline constexpr bool is_tokens<Tokens<Scalar>> = true;
+
 }  // namespace detail
 
 /// A view of a sequence: one row a token, the heads packed side by side in the columns. It never owns and never copies.
 ///
 /// Made implicitly from any row-major Eigen matrix, array, map, reference or block of rows and columns, whatever its
-/// row stride and alignment; a column-major one does not compile. `Tokens<const Scalar>` reads, `Tokens<Scalar>` also
-/// writes. The matrix must outlive the view. Throws std::invalid_argument where the elements of a row do not lie side
-/// by side (an inner stride other than 1).
+/// row stride and alignment, also where generic code has it as a MatrixBase<Derived>; a column-major one does not
+/// compile. `Tokens<const Scalar>` reads, `Tokens<Scalar>` also writes. The matrix must outlive the view. Throws
+/// std::invalid_argument where the elements of a row do not lie side by side (an inner stride other than 1).
 template <class Scalar>
 class Tokens {
  public:
@@ -78,6 +98,18 @@ class Tokens {
       }
       *this = Tokens(matrix.data(), matrix.rows(), matrix.cols(), matrix.outerStride());
     }
+  }
+
+  template <detail::BaseOfDense Base>
+  Tokens(Base&& matrix) : Tokens(matrix.derived()) {}
+
+  template <class Other>
+  requires(!detail::DenseMatrix<Other> && !detail::BaseOfDense<Other> && !detail::is_tokens<Other>)
+      Tokens(const Other&) {
+    static_assert(
+        detail::never<Other>,
+        "nearfar: tokens are a row-major Eigen matrix or, of any other memory, Tokens(data, rows, cols, stride): "
+        "this is neither.");
   }
 
   operator Tokens<const Scalar>() const requires(!std::is_const_v<Scalar>) { return {data_, rows_, cols_, stride_}; }

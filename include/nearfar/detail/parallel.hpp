@@ -30,15 +30,15 @@ inline int available_processors() {
   return offered == 0 ? 1 : static_cast<int>(offered);
 }
 
-/// A crew of threads that share out numbered tasks: the caller and `size - 1` waiting threads.
+/// Threads that share out numbered tasks: the caller and `size - 1` waiting threads.
 ///
-/// Idle threads sleep on a condition variable, because threads that go on looking out collapse on a busy machine; but
-/// for a moment they do look out: one call hands out several jobs, and to wake a thread costs as much as a small one.
-/// The caller waits only for threads that have begun a task, so one that the system never wakes costs nothing. Which
-/// thread runs which task is left to chance: tasks must not depend on it.
-class Crew {
+/// Idle threads sleep on a condition variable, because threads that go on spinning collapse on a busy machine; but for
+/// a moment they do spin: one call hands out several jobs, and to wake a thread costs as much as a small one. The
+/// caller waits only for threads that have begun a task, so one that the system never wakes costs nothing. Which thread
+/// runs which task is left to chance: tasks must not depend on it.
+class ThreadPool {
  public:
-  explicit Crew(int size) : threads_(static_cast<std::size_t>(size - 1)) {
+  explicit ThreadPool(int size) : threads_(static_cast<std::size_t>(size - 1)) {
     try {
       for (int worker = 1; std::thread & thread : threads_) {
         thread = std::thread([this, worker] { serve(worker); });
@@ -50,9 +50,9 @@ class Crew {
     }
   }
 
-  ~Crew() { dismiss(); }
-  Crew(const Crew&) = delete;
-  Crew& operator=(const Crew&) = delete;
+  ~ThreadPool() { dismiss(); }
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
 
   int size() const { return static_cast<int>(threads_.size()) + 1; }
 
@@ -72,7 +72,7 @@ class Crew {
     }
     wake_.notify_all();
     work(job, 0);
-    look_out([this] { return busy_ == 0; });
+    spin_until([this] { return busy_ == 0; });
     std::unique_lock lock(mutex_);
     job_ = nullptr;
     idle_.wait(lock, [this] { return busy_ == 0; });
@@ -90,7 +90,7 @@ class Crew {
 
   // For no longer than waking a thread takes.
   template <class Condition>
-  static void look_out(Condition&& happened) {
+  static void spin_until(Condition&& happened) {
     using Clock = std::chrono::steady_clock;
     const Clock::time_point end = Clock::now() + std::chrono::microseconds(40);
     while (!happened() && Clock::now() < end) {
@@ -111,7 +111,7 @@ class Crew {
   void serve(int worker) {
     std::uint64_t seen = 0;
     while (true) {
-      look_out([&] { return generation_ != seen; });
+      spin_until([&] { return generation_ != seen; });
       std::unique_lock lock(mutex_);
       wake_.wait(lock, [&] { return dismissed_ || (job_ != nullptr && generation_ != seen); });
       if (dismissed_) return;
@@ -140,7 +140,7 @@ class Crew {
   std::condition_variable wake_;
   std::condition_variable idle_;
   Job* job_ = nullptr;
-  // These two are written under the lock, but looked at without it.
+  // These two are written under the lock, but read without it.
   std::atomic<std::uint64_t> generation_ = 0;
   std::atomic<int> busy_ = 0;
   bool dismissed_ = false;

@@ -112,6 +112,12 @@ class Scratch {
   std::size_t used_ = 0;
 };
 
+/// Uninitialised rows end to end, of a thread's scratch or of the memory of a call (Work).
+template <class T, class Memory>
+Tokens<T> take_rows(Memory& memory, Index rows, Index cols) {
+  return {memory.template take<T>(rows * cols), rows, cols, cols};
+}
+
 }  // namespace detail
 }  // namespace NEARFAR_VERSION_NAMESPACE
 }  // namespace nearfar

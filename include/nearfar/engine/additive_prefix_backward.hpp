@@ -25,7 +25,7 @@ struct PrefixMeans {
   PrefixMeans(const AdditiveCall<T>& call, const AdditiveSaved<T>& saved, Index s, const Visible& visible, Spread fetch,
               Scratch& scratch) {
     const Index width = call.width();
-    const auto take = [&](Index rows) { return Tokens<T>(scratch.take<T>(rows * width), rows, width, width); };
+    const auto take = [&](Index rows) { return take_rows<T>(scratch, rows, width); };
     const auto start = [&](const Matrix<T>& means) {
       const Tokens<T> rows = take(visible.count + 1);
       std::copy_n(means.row(s).data(), width, rows.row(0));
@@ -275,7 +275,7 @@ void additive_prefix_backward(const AdditiveCall<T>& call, const AdditiveGradien
 
   if (grad.w_t.data() != nullptr) {
     const Index n = call.inputs.query.rows();
-    const Tokens<T> u(call.work.template take<T>(n * width), n, width, width);
+    const Tokens<T> u = take_rows<T>(call.work, n, width);
     call.work.for_each(stretches.count(), [&](Index s, Scratch& scratch) {
       const Visible visible(call, stretches[s]);
       const PrefixMeans<T> mean(call, grad.saved, s, visible, Spread(), scratch);

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
@@ -59,8 +60,9 @@ class FewQueries {
     return Band(window_, rows.query_count, rows.key_count).seen_by_any(0, rows.query_count);
   }
 
-  // A triple: the value, then the maximum and the sum, in units of log 2 as in OnlineSoftmax.
-  Index triple_size() const { return heads_.value_width() + 2; }
+  // A triple: the value, then the maximum and the sum, in units of log 2 as in OnlineSoftmax. Each begins at a cache
+  // line.
+  Index triple_size() const { return round_up(heads_.value_width() + 2, cache_line / Index{sizeof(T)}); }
   Index triples_size() const { return queries_ * heads_.query * triple_size(); }
 
   void attend_segment(const Tile& segment, T* triples, Scratch& scratch) const {
@@ -81,76 +83,115 @@ class FewQueries {
     }
 
     for (Index list = 0; list < lists; ++list) std::fill_n(weights + list * segment_keys, filled, -infinity<T>);
-    for (Index j = 0; j < count; ++j) {
-      if (hidden(j)) continue;
-      const Scalar* key = inputs_.key.row(rows.key_begin + first + j);
-      for (Index i = 0; i < rows.query_count; ++i) {
-        if (first + j < band.first(i) || first + j >= band.end(i)) continue;
-        T* const scores = weights + i * heads_.query * segment_keys + j;
-        const T* const own = query + i * heads_.query_cols();
-        for_each_head([&, dim = heads_.dim, ahead = rows_ahead * inputs_.key.stride()](Index h, Index g) {
-          scores[h * segment_keys] = dot(own + h * dim, key + g * dim, dim, ahead);
-        });
+    const auto for_each_pair = [&](auto&& visit) {
+      for (Index j = 0; j < count; ++j) {
+        if (hidden(j)) continue;
+        for (Index i = 0; i < rows.query_count; ++i) {
+          if (first + j < band.first(i) || first + j >= band.end(i)) continue;
+          visit(rows.key_begin + first + j, i, weights + i * heads_.query * segment_keys + j);
+        }
       }
-    }
+    };
+    by_vectors(heads_.dim, [&](auto vectors) {
+      for_each_pair([&](Index key, Index i, T* scores) {
+        score<decltype(vectors)::value>(query + i * heads_.query_cols(), inputs_.key.row(key), scores);
+      });
+    });
     for (Index list = 0; list < lists; ++list) {
       T* triple = triples + list * triple_size();
       std::fill_n(triple, heads_.value_width(), T(0));
       weigh(weights + list * segment_keys, filled, triple[heads_.value_width()], triple[heads_.value_width() + 1]);
     }
-    for (Index j = 0; j < count; ++j) {
-      if (hidden(j)) continue;
-      const Scalar* value = inputs_.value.row(rows.key_begin + first + j);
-      for (Index i = 0; i < rows.query_count; ++i) {
-        if (first + j < band.first(i) || first + j >= band.end(i)) continue;
-        const T* const weight = weights + i * heads_.query * segment_keys + j;
-        T* const triple = triples + i * heads_.query * triple_size();
-        for_each_head([&, width = heads_.value_width(), size = triple_size(),
-                       ahead = rows_ahead * inputs_.value.stride()](Index h, Index g) {
-          // Of a key that weighs nothing an infinity would add NaN.
-          const T own_weight = weight[h * segment_keys];
-          if (own_weight != T(0)) add(own_weight, value + g * width, triple + h * size, width, ahead);
-        });
-      }
-    }
+    by_vectors(heads_.value_width(), [&](auto vectors) {
+      for_each_pair([&](Index key, Index i, const T* weight) {
+        add<decltype(vectors)::value>(weight, inputs_.value.row(key), triples + i * heads_.query * triple_size());
+      });
+    });
   }
 
-  // Calls visit(head, key_head) for all heads.
+  // Calls visit with how many vectors of a head to take at a time, an integral constant: four if these leave nothing
+  // over, else one, and then number by number.
   template <class Visit>
-  NEARFAR_INLINE void for_each_head(Visit&& visit) const {
-    const Index group = heads_.group();
-    for (Index g = 0, h = 0; h < heads_.query; ++g) {
-      for (const Index end = h + group; h < end; ++h) visit(h, g);
+  static void by_vectors(Index features, Visit&& visit) {
+    features % (4 * lanes<T>) == 0 ? visit(std::integral_constant<int, 4>{}) : visit(std::integral_constant<int, 1>{});
+  }
+
+  // scores[h * segment_keys] = query_h . key_h for all heads.
+  template <int vectors>
+  NEARFAR_NO_INLINE void score(const T* query, const Scalar* key, T* scores) const {
+    const Index dim = heads_.dim, group = heads_.group();
+    const Ahead ahead(inputs_.key);
+    ahead.fetch_row(key);
+    for (const Scalar* const end = key + heads_.key_cols(); key < end; key += dim) {
+      ahead.fetch_head(key, dim);
+      for (Index h = group; h > 0; --h, query += dim, scores += segment_keys) *scores = dot<vectors>(query, key, dim);
     }
   }
 
-  // What stands `ahead` numbers further on will be read soon.
-  NEARFAR_INLINE static T dot(const T* query, const Scalar* key, Index dim, Index ahead) {
-    T sum = 0;
-    Index c = 0;
-    if constexpr (std::is_same_v<T, Scalar>) {
-      Packet<T> sums = pset1<Packet<T>>(T(0));
-      for (; c + lanes<T> <= dim; c += lanes<T>) {
-        prefetch_far(key + c + ahead);
-        sums = pmadd(ploadu<Packet<T>>(query + c), ploadu<Packet<T>>(key + c), sums);
+  // values_h += weight_h value_h for all heads.
+  template <int vectors>
+  NEARFAR_NO_INLINE void add(const T* weight, const Scalar* value, T* triples) const {
+    const Index width = heads_.value_width(), group = heads_.group(), size = triple_size();
+    const Ahead ahead(inputs_.value);
+    ahead.fetch_row(value);
+    for (const Scalar* const end = value + heads_.value_cols(); value < end; value += width) {
+      ahead.fetch_head(value, width);
+      for (Index h = group; h > 0; --h, weight += segment_keys, triples += size) {
+        // Of a key that weighs nothing an infinity would add NaN.
+        if (*weight != T(0)) add<vectors>(*weight, value, triples, width);
       }
-      sum = predux(sums);
     }
-    for (; c < dim; ++c) sum += query[c] * T(key[c]);
+  }
+
+  // Fetches what will be read some rows later. Where rows lie end to end the hardware follows them, and to be asked for
+  // every line would hold it up: it is shown where each begins.
+  struct Ahead {
+    explicit Ahead(Tokens<const Scalar> rows)
+        : distance(rows_ahead * rows.stride()), end_to_end(rows.stride() == rows.cols()) {}
+
+    NEARFAR_INLINE void fetch_row(const Scalar* row) const {
+      if (end_to_end) prefetch_far(row + distance);
+    }
+    NEARFAR_INLINE void fetch_head(const Scalar* features, Index count) const {
+      constexpr Index step = cache_line / Index{sizeof(Scalar)};
+      if (end_to_end) return;
+      for (Index c = 0; c < count; c += step) prefetch_far(features + c + distance);
+    }
+
+    Index distance;
+    bool end_to_end;
+  };
+
+  template <int vectors>
+  NEARFAR_INLINE static T dot(const T* query, const Scalar* key, Index dim) {
+    Packet<T> sums = pset1<Packet<T>>(T(0));
+    const Index rest = for_each_block<vectors>(
+        dim, [&](Index c) { sums = pmadd(ploadu<Packet<T>>(query + c), ploadu<Packet<T>>(key + c), sums); });
+    T sum = predux(sums);
+    for (Index c = rest; c < dim; ++c) sum += query[c] * T(key[c]);
     return sum;
   }
 
   // value += weight * row
-  NEARFAR_INLINE static void add(T weight, const Scalar* row, T* value, Index width, Index ahead) {
+  template <int vectors>
+  NEARFAR_INLINE static void add(T weight, const Scalar* row, T* value, Index width) {
+    const Packet<T> factor = pset1<Packet<T>>(weight);
+    const Index rest = for_each_block<vectors>(width, [&](Index c) {
+      pstoreu(value + c, pmadd(factor, ploadu<Packet<T>>(row + c), ploadu<Packet<T>>(value + c)));
+    });
+    for (Index c = rest; c < width; ++c) value[c] += weight * T(row[c]);
+  }
+
+  // Calls visit(first) for the vectors of a row, `vectors` at a time; gives the first number that none of them has.
+  template <int vectors, class Visit>
+  NEARFAR_INLINE static Index for_each_block(Index count, Visit&& visit) {
     Index c = 0;
     if constexpr (std::is_same_v<T, Scalar>) {
-      const Packet<T> factor = pset1<Packet<T>>(weight);
-      for (; c + lanes<T> <= width; c += lanes<T>) {
-        prefetch_far(row + c + ahead);
-        pstoreu(value + c, pmadd(factor, ploadu<Packet<T>>(row + c), ploadu<Packet<T>>(value + c)));
+      for (; vectors == 1 ? c + lanes<T> <= count : c < count; c += vectors * lanes<T>) {
+        NEARFAR_UNROLL for (int v = 0; v < vectors; ++v) visit(c + v * lanes<T>);
       }
     }
-    for (; c < width; ++c) value[c] += weight * T(row[c]);
+    return c;
   }
 
   // Turns a list of `count` scores, whole vectors, into weights 2^(score - max) and gives their maximum and sum.

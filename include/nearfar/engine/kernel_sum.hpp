@@ -123,8 +123,8 @@ class KernelSum {
   using Rows = TokenRows<const T>;
 
   /// The weights of one map and head.
-  auto weight(Tokens<const T> weights, Index r, Index h) const {
-    return Eigen::Map<const Eigen::Array<T, 1, Eigen::Dynamic>>(weights.row(r * heads.query + h), value_dim());
+  RowArray<const T> weight(Tokens<const T> weights, Index r, Index h) const {
+    return {weights.row(r * heads.query + h), value_dim()};
   }
 
   /// One head of the tokens of a sequence.

@@ -15,7 +15,7 @@ void KernelSum<T>::backward(const Backward& call, Work& work) const {
   const Index sequences = sequence_count(inputs);
   const Index rows = inputs.query.rows();
   const Index cols = maps() * heads.query;
-  const Tokens<T> grad_row_sum(work.take<T>(rows * cols), rows, cols, cols);
+  const Tokens<T> grad_row_sum = take_rows<T>(work, rows, cols);
   const auto zero = [](Index size) {
     return [size](Index, Range block, T* past) { std::fill_n(past, block.count() * size, T(0)); };
   };

@@ -54,15 +54,16 @@ class NarrowWindow {
         bounds[i / queries_at_once] = bounds_of(rows, tile, i, keys);
       }
       Spread fetch = look_ahead(rows, tile, work.threads(), out);
-      const Desk desk{scratch.take<T>(room), scratch.take<T>(queries_at_once * key_width_),
-                      scratch.take<T>(queries_at_once * value_width_), scratch.take<T>(heads_.query * value_width_)};
-      fill_factors(desk.factors);
+      const Buffers buffers{scratch.take<T>(room), scratch.take<T>(queries_at_once * key_width_),
+                            scratch.take<T>(queries_at_once * value_width_),
+                            scratch.take<T>(heads_.query * value_width_)};
+      fill_factors(buffers.factors);
       with_store(past_caches(out, heads_.value_width()), [&](auto store) {
         for (Index h = 0; h < heads_.query; ++h) {
           if (h % heads_.group() == 0) load(rows, h / heads_.group(), keys);
           for (Index i = 0; i < tile.count; i += queries_at_once) {
             const Queries queries{rows.query_begin + tile.first + i, std::min(queries_at_once, tile.count - i)};
-            attend(queries, bounds[i / queries_at_once], keys, h, desk, fetch, out, store, log_sum_exp);
+            attend(queries, bounds[i / queries_at_once], keys, h, buffers, fetch, out, store, log_sum_exp);
           }
         }
       });
@@ -101,7 +102,7 @@ class NarrowWindow {
 
   /// What four queries of a head need beside: the scores of their keys, that become weights; where their rows, and
   /// those of out, are filled up; and what the features of out are multiplied by.
-  struct Desk {
+  struct Buffers {
     T* weights;
     T* query;
     T* out;
@@ -182,8 +183,8 @@ class NarrowWindow {
   }
 
   template <class Store>
-  void attend(Queries queries, const Bounds& bounds, const Keys& keys, Index head, const Desk& desk, Spread& fetch,
-              Tokens<Scalar> out, Store&& store, double* log_sum_exp) const {
+  void attend(Queries queries, const Bounds& bounds, const Keys& keys, Index head, const Buffers& buffers,
+              Spread& fetch, Tokens<Scalar> out, Store&& store, double* log_sum_exp) const {
     const Index first = bounds.keys.first, count = bounds.keys.count();
     // Where fewer than four queries are left the last one stands in for the others, and is written once.
     const auto row = [&](Index q) { return queries.first + std::min(q, queries.count - 1); };
@@ -191,12 +192,12 @@ class NarrowWindow {
     for (Index q = 0; q < queries_at_once; ++q) {
       query[q] = inputs_.query.row(row(q)) + head * heads_.dim;
       if (heads_.dim == key_width_) continue;
-      copy_filled(query[q], heads_.dim, desk.query + q * key_width_);
-      query[q] = desk.query + q * key_width_;
+      copy_filled(query[q], heads_.dim, buffers.query + q * key_width_);
+      query[q] = buffers.query + q * key_width_;
     }
 
-    const Packet<T> max = score(query, bounds, keys, desk.weights, fetch);
-    const Packet<T> sum = weigh(desk.weights, count, max);
+    const Packet<T> max = score(query, bounds, keys, buffers.weights, fetch);
+    const Packet<T> sum = weigh(buffers.weights, count, max);
 
     constexpr Index several = std::max<Index>(lanes<T>, queries_at_once);
     T maxima[several], sums[several];
@@ -216,17 +217,17 @@ class NarrowWindow {
     T* result[queries_at_once];
     for (Index q = 0; q < queries_at_once; ++q) {
       const bool there = whole && q < queries.count;
-      result[q] = there ? out.row(row(q)) + head * width : desk.out + q * value_width_;
+      result[q] = there ? out.row(row(q)) + head * width : buffers.out + q * value_width_;
     }
     const T* const values = keys.value + first * value_width_;
     const auto finish = [&](Index q, Index c, const Packet<T>& value) {
-      const Packet<T> factor = ploadu<Packet<T>>(desk.factors + head * value_width_ + c);
+      const Packet<T> factor = ploadu<Packet<T>>(buffers.factors + head * value_width_ + c);
       store(result[q] + c, Packet<T>(pmul(pmul(value, pset1<Packet<T>>(inverse[q])), factor)));
     };
     for_each_feature_block<T>(value_width_, [&](auto vectors, Index c) {
-      if (!keys.values_are_finite) return add_weighed_values(desk.weights, count, values, c, vectors, finish);
+      if (!keys.values_are_finite) return add_weighed_values(buffers.weights, count, values, c, vectors, finish);
       multiply<decltype(vectors)::value>(
-          Broadcast<T>{desk.weights, 1, queries_at_once}, queries_at_once, values + c, value_width_, count,
+          Broadcast<T>{buffers.weights, 1, queries_at_once}, queries_at_once, values + c, value_width_, count,
           [](Index, int) { return pset1<Packet<T>>(T(0)); },
           [&](Index q, int v, const Packet<T>& value) { finish(q, c + v * lanes<T>, value); });
     });

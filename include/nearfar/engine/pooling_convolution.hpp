@@ -141,8 +141,6 @@ class ConvolutionPooling {
  private:
   static constexpr Index taps_a_task = 8;
 
-  using Features = Eigen::Map<const Eigen::Array<T, 1, Eigen::Dynamic>>;
-
   bool pools_tokens(Index l) const { return l == 1 || !hierarchical_; }
   Index window(Index l) const { return pools_tokens(l) ? tree_.level(l).width : 2 * tree_.rank(); }
   Index row(Index l, Index group) const { return tree_.level(l).first_row + group * tree_.rank(); }
@@ -187,10 +185,10 @@ class ConvolutionPooling {
     const Range range = places_[static_cast<std::size_t>(l)];
     return (place < range.first ? place + window(l) : place) - range.first;
   }
-  Features tap(Index l, Index number, Index r) const {
+  RowArray<const T> tap(Index l, Index number, Index r) const {
     return {taps_[static_cast<std::size_t>(l)] + (number * tree_.rank() + r) * dim_, dim_};
   }
-  Features bias(Index l, Index r) const { return tap(l, places_[static_cast<std::size_t>(l)].count(), r); }
+  RowArray<const T> bias(Index l, Index r) const { return tap(l, places_[static_cast<std::size_t>(l)].count(), r); }
 
   // Whether no child before these has been pooled into the group: they are all that its mass, of children a row,
   // counts.
@@ -246,9 +244,7 @@ class ConvolutionPooling {
       const Index taps = std::min(taps_a_task, window(l) - first_tap);
       T* sums = scratch.template take<T>((taps + 1) * rank * dim_);
       std::fill(sums, sums + (taps + 1) * rank * dim_, T(0));
-      const auto sum = [&](Index t, Index r) {
-        return Eigen::Map<Eigen::Array<T, 1, Eigen::Dynamic>>(sums + (t * rank + r) * dim_, dim_);
-      };
+      const auto sum = [&](Index t, Index r) { return RowArray<T>(sums + (t * rank + r) * dim_, dim_); };
       for (Index g = 0; g < tree_.level(l).groups; ++g) {
         if (absent(l, g)) continue;
         for (Index r = 0; r < rank; ++r) {

@@ -44,7 +44,7 @@ class KeyPieces {
   /// A copy for each piece of the rows of its sequence's queries.
   template <class T>
   Tokens<T> repeat_rows(Work& work, const Inputs<T>& inputs, Tokens<const T> rows) const {
-    const Tokens<T> repeated(work.take<T>(queries() * rows.cols()), queries(), rows.cols(), rows.cols());
+    const Tokens<T> repeated = take_rows<T>(work, queries(), rows.cols());
     for_each_piece(inputs, [&](const Sequence& s, Index first) {
       for (Index i = 0; i < s.query_count; ++i) {
         std::copy_n(rows.row(s.query_begin + i), rows.cols(), repeated.row(first + i));
@@ -56,7 +56,7 @@ class KeyPieces {
   /// The same where queries stand in the columns.
   template <class T, class S>
   Tokens<S> repeat_cols(Work& work, const Inputs<T>& inputs, Tokens<const S> cols) const {
-    const Tokens<S> repeated(work.take<S>(cols.rows() * queries()), cols.rows(), queries(), queries());
+    const Tokens<S> repeated = take_rows<S>(work, cols.rows(), queries());
     for_each_piece(inputs, [&](const Sequence& s, Index first) {
       repeated.middle_cols(first, s.query_count).matrix() = cols.middle_cols(s.query_begin, s.query_count).matrix();
     });
@@ -99,7 +99,7 @@ void split_key_attention(Work& work, const Heads& heads, double scale, const Inp
     return;
   }
   const Index rows = pieces.queries();
-  const Tokens<T> partial(work.take<T>(rows * heads.out_cols()), rows, heads.out_cols(), heads.out_cols());
+  const Tokens<T> partial = take_rows<T>(work, rows, heads.out_cols());
   double* partial_log_sum_exp = work.take<double>(heads.query * rows);
   const Tokens<const T> query = pieces.repeat_rows(work, inputs, inputs.query);
   const Inputs<T> packed{
@@ -144,7 +144,7 @@ void split_key_gradient(Work& work, const Heads& heads, double scale, const Inpu
     return pieces.repeat_cols(work, inputs, Tokens<const S>(of_queries, heads.query, queries, queries)).data();
   };
   const Index rows = pieces.queries();
-  const Tokens<T> partial(work.take<T>(rows * heads.query_cols()), rows, heads.query_cols(), heads.query_cols());
+  const Tokens<T> partial = take_rows<T>(work, rows, heads.query_cols());
   const Tokens<const T> query = pieces.repeat_rows(work, inputs, inputs.query);
   const Inputs<T> packed{
       query, inputs.key, inputs.value, inputs.key_mask, pieces.query_offsets(), pieces.key_offsets()};

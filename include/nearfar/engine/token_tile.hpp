@@ -81,7 +81,7 @@ class TokenTile : public PaddedRows<T> {
   void clear() { std::fill_n(data, chunk_tokens * stride, T(0)); }
 
   /// Row i without its padding.
-  auto entries(Index i) const { return Eigen::Map<Eigen::Array<T, 1, Eigen::Dynamic>>(row(i), dim); }
+  RowArray<T> entries(Index i) const { return {row(i), dim}; }
 
   /// Takes `count` rows; those of invisible keys become zero, whatever stands in them.
   void load(TokenRows<const T> from, Index count, const VisibleKeys& visible = {}) {
