@@ -39,8 +39,8 @@ class NarrowGradient {
         grad_out_(grad_out),
         delta_(delta),
         gradients_(gradients),
-        dim_(filled_width<T>(heads.dim)),
-        value_dim_(filled_width<T>(heads.value_width())) {}
+        dim_(round_up(heads.dim, lanes<T>)),
+        value_dim_(round_up(heads.value_width(), lanes<T>)) {}
 
   /// Whether the window is narrow, and each token has a query and a key.
   bool suits() const {
@@ -168,7 +168,7 @@ class NarrowGradient {
   template <class Shown>
   NEARFAR_NO_INLINE static void load(Tokens<const Scalar> from, Index begin, Index column, Index width,
                                      const Pairs& pairs, Shown&& shown, T* to) {
-    const Index filled = filled_width<T>(width);
+    const Index filled = round_up(width, lanes<T>);
     for (Index i = pairs.begin; i < pairs.begin + pairs.groups * edge; ++i, to += filled) {
       if (pairs.holds(i) && shown(i)) {
         copy_filled(from.row(begin + i) + column, width, to);
@@ -246,11 +246,11 @@ class NarrowGradient {
   /// Where vectors of a group's gradients go: to their rows, or aside where a row is not whole vectors, or not there.
   struct Rows {
     Rows(Tokens<Scalar> to, Index begin, Index group, const Pairs& pairs, bool add)
-        : width(to.cols()), whole(width == filled_width<T>(width)) {
+        : width(to.cols()), whole(width == round_up(width, lanes<T>)) {
       for (Index k = 0; k < edge; ++k) {
         const Index token = pairs.begin + group * edge + k;
         own[k] = pairs.holds(token) ? to.row(begin + token) : nullptr;
-        row[k] = whole && own[k] != nullptr ? own[k] : pairs.aside + k * filled_width<T>(width);
+        row[k] = whole && own[k] != nullptr ? own[k] : pairs.aside + k * round_up(width, lanes<T>);
         if (add && !whole && own[k] != nullptr) copy_row(own[k], width, row[k]);
       }
     }
@@ -289,7 +289,7 @@ class NarrowGradient {
   template <class Store>
   NEARFAR_NO_INLINE void sum_over_queries(const T* factor, const T* from, T scale, Index keys, const Pairs& pairs,
                                           Tokens<Scalar> to, bool add, Store&& store) const {
-    const Index width = filled_width<T>(to.cols());
+    const Index width = round_up(to.cols(), lanes<T>);
     const Rows rows(to, pairs.rows.key_begin, keys, pairs, add);
     for_each_feature_block<T>(width, [&](auto vectors_, Index c) {
       constexpr int vectors = decltype(vectors_)::value;

@@ -36,8 +36,8 @@ class NarrowWindow {
         scale_(T(scale) * log2_e<T>),
         inputs_(inputs),
         factors_(factors),
-        key_width_(filled_width<T>(heads.dim)),
-        value_width_(filled_width<T>(heads.value_width())) {}
+        key_width_(round_up(heads.dim, lanes<T>)),
+        value_width_(round_up(heads.value_width(), lanes<T>)) {}
 
   /// Whether the window is narrow enough for the heads.
   bool suits() const { return std::is_same_v<Scalar, T> && meets_by_rows<T>(heads_, window_); }

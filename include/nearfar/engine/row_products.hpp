@@ -27,17 +27,11 @@ inline constexpr int feature_vectors = vector_registers >= 32 ? 4 : 2;
 /// The most keys in a window that is narrow in this sense.
 inline constexpr Index narrow_window = 64;
 
-/// What a row of `width` numbers takes that is filled up to whole vectors.
-template <class T>
-Index filled_width(Index width) {
-  return round_up(width, lanes<T>);
-}
-
 /// Whether a window is narrow, and narrow enough for its heads: sums across the lanes cost the less the wider a head.
 template <class T>
 bool meets_by_rows(const Heads& heads, Window window) {
   const Index least = std::min(heads.dim, heads.value_width());
-  const Index most = std::min(narrow_window, filled_width<T>(least) + lanes<T>);
+  const Index most = std::min(narrow_window, round_up(least, lanes<T>) + lanes<T>);
   return lanes<T> % queries_at_once == 0 && least >= lanes<T> && window.left < most && window.right < most &&
          window.left + window.right < most;
 }

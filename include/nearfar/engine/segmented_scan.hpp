@@ -120,7 +120,8 @@ void scan(Work& work, Index sequences, Index heads, Index size, FunctionRef<Alig
   const auto has_queries = [](const Segment& segment) { return segment.query.count() > 0; };
   if (sequences * heads >= work.threads()) {
     // Neighbouring heads share cache lines and pages: as many together as leave every thread enough to do.
-    const Index block = std::clamp<Index>(sequences * heads / (2 * work.threads()), 1, heads);
+    const Index tasks = work.threads() == 1 ? 1 : 2 * work.threads();
+    const Index block = std::clamp<Index>(sequences * heads / tasks, 1, heads);
     const Index blocks = ceil_div(heads, block);
     work.for_each(sequences * blocks, [&](Index task, Scratch& scratch) {
       const Index b = task / blocks;

@@ -75,7 +75,6 @@ class TokenTile : public PaddedRows<T> {
         share_(scratch.take<T>(chunk_tokens)) {
     // A product that takes features in whole groups reads a little over the last row.
     std::fill_n(data, chunk_tokens * stride + state_rows, T(0));
-    std::fill_n(lanes_.data, chunk_tokens * dim, T(0));
   }
 
   void clear() { std::fill_n(data, chunk_tokens * stride, T(0)); }
@@ -128,6 +127,8 @@ class TokenTile : public PaddedRows<T> {
 
   /// The first `count` rows on the vector lanes, until the next call.
   const LaneRows<T>& on_lanes(Index count) {
+    // Bidirectional attention never asks.
+    if (lanes_.count == 0) std::fill_n(lanes_.data, chunk_tokens * dim, T(0));
     transpose(data, stride, count, dim, T(1), lanes_.data, chunk_tokens);
     lanes_.count = count;
     return lanes_;
