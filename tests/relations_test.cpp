@@ -10,7 +10,9 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <limits>
 #include <tuple>
+#include <utility>
 
 // Where one mechanism's options make it another.
 
@@ -177,6 +179,32 @@ TEST(Relations, AKeyThatWeighsNothingAddsNothing) {
     sample.value.row(13).setConstant(infinity);
     const auto weightless = run(sample);
     for (std::size_t i = 0; i < hidden.size(); ++i) EXPECT_TRUE(close(weightless[i], hidden[i], 1e-12)) << queries;
+  }
+}
+
+// A few queries go along the keys by themselves; more are taken in tiles.
+TEST(Relations, FewQueriesHaveTheRowsThatTheyHaveAmongMany) {
+  constexpr Index lanes = detail::lanes<float>, keys = 1100, many = 20;
+  for (const auto& [dim, value_dim] : {std::pair{4 * lanes, 4 * lanes}, std::pair{8 * lanes, lanes},
+                                       std::pair{4 * lanes + 1, 12 * lanes}, std::pair{Index{3}, 4 * lanes + 3}}) {
+    const Heads grouped{.query = 4, .key_value = 2, .dim = dim, .value_dim = value_dim};
+    auto sample = random_sample<float>(grouped, many, 81, keys);
+    sample.key_mask = Random(82).mask(keys, 0.2);
+    poison_masked_keys(sample);
+    for (const bool causal : {false, true}) {
+      const Banded<float> banded(grouped, {.window = {1050, 1050}, .causal = causal});
+      const Matrix<float> expected = run_forward(banded, sample);
+      for (const Index few : {1, 2, 6}) {
+        auto last = sample;
+        last.query = sample.query.bottomRows(few);
+        EXPECT_TRUE(rows_close(run_forward(banded, last), expected.bottomRows(few), 2e-6)) << dim << " " << few;
+        // Rows that do not lie end to end are fetched otherwise.
+        Scattered<float> query(last.query), key(sample.key), value(sample.value);
+        Matrix<float> out(few, grouped.out_cols());
+        banded.forward({query.view(), key.view(), value.view(), sample.key_mask}, out);
+        EXPECT_TRUE(same_bits(out, run_forward(banded, last))) << dim << " " << few;
+      }
+    }
   }
 }
 
