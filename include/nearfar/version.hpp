@@ -22,9 +22,9 @@
 #endif
 
 // Everything lives in an inline namespace named by version and instruction set, so that translation units built with
-// different -march flags carry different symbols and the linker never swaps one's kernels for the other's. (Eigen's own
-// functions carry no such name and may be swapped: all units of a program need a machine that has all their
-// instructions.)
+// different -march flags carry different symbols and the linker never swaps one's kernels for the other's. (The
+// functions of Eigen and of the standard library carry no such name and may be swapped: all units that are linked need
+// a machine that has all their instructions.)
 #if defined(EIGEN_DONT_VECTORIZE) || !defined(EIGEN_VECTORIZE)
 #define NEARFAR_INSTRUCTION_SET scalar
 #elif defined(EIGEN_VECTORIZE_AVX512) && defined(EIGEN_VECTORIZE_AVX512DQ)
