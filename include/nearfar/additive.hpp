@@ -34,22 +34,17 @@ struct AdditiveParameters {
 
   template <class Visit>
   void for_each(Visit&& visit) {
-    each(*this, visit);
+    visit("w_q", w_q);
+    visit("w_k", w_k);
+    visit("b_q", b_q);
+    visit("b_k", b_k);
+    visit("w_t", w_t);
+    visit("b_t", b_t);
   }
   template <class Visit>
   void for_each(Visit&& visit) const {
-    each(*this, visit);
-  }
-
- private:
-  template <class Self, class Visit>
-  static void each(Self& self, Visit& visit) {
-    visit("w_q", self.w_q);
-    visit("w_k", self.w_k);
-    visit("b_q", self.b_q);
-    visit("b_k", self.b_k);
-    visit("w_t", self.w_t);
-    visit("b_t", self.b_t);
+    const_cast<AdditiveParameters*>(this)->for_each(
+        [&](const auto& of, const Matrix<T>& matrix) { visit(of, matrix); });
   }
 };
 

@@ -49,18 +49,12 @@ struct FmmParameters {
 
   template <class Visit>
   void for_each(Visit&& visit) {
-    each(*this, visit);
+    visit(std::string("w_near"), near);
+    for (std::size_t r = 0; r < far.size(); ++r) visit("w_far_" + std::to_string(r), far[r]);
   }
   template <class Visit>
   void for_each(Visit&& visit) const {
-    each(*this, visit);
-  }
-
- private:
-  template <class Self, class Visit>
-  static void each(Self& self, Visit& visit) {
-    visit(std::string("w_near"), self.near);
-    for (std::size_t r = 0; r < self.far.size(); ++r) visit("w_far_" + std::to_string(r), self.far[r]);
+    const_cast<FmmParameters*>(this)->for_each([&](const auto& of, const Matrix<T>& matrix) { visit(of, matrix); });
   }
 };
 

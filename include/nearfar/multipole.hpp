@@ -45,23 +45,18 @@ struct MultipoleParameters {
 
   template <class Visit>
   void for_each(Visit&& visit) {
-    each(*this, visit);
+    for (std::size_t l = 0; l < key.size(); ++l) {
+      const std::string level = std::to_string(l + 1);
+      visit("conv_k_w_" + level, key[l].weight);
+      visit("conv_k_b_" + level, key[l].bias);
+      visit("conv_v_w_" + level, value[l].weight);
+      visit("conv_v_b_" + level, value[l].bias);
+    }
   }
   template <class Visit>
   void for_each(Visit&& visit) const {
-    each(*this, visit);
-  }
-
- private:
-  template <class Self, class Visit>
-  static void each(Self& self, Visit& visit) {
-    for (std::size_t l = 0; l < self.key.size(); ++l) {
-      const std::string level = std::to_string(l + 1);
-      visit("conv_k_w_" + level, self.key[l].weight);
-      visit("conv_k_b_" + level, self.key[l].bias);
-      visit("conv_v_w_" + level, self.value[l].weight);
-      visit("conv_v_b_" + level, self.value[l].bias);
-    }
+    const_cast<MultipoleParameters*>(this)->for_each(
+        [&](const auto& of, const Matrix<T>& matrix) { visit(of, matrix); });
   }
 };
 
