@@ -110,7 +110,8 @@ class FewQueries {
   }
 
   // Calls visit with how many vectors of a head to take at a time, an integral constant: four if these leave nothing
-  // over, else one, and then number by number.
+  // over, else one, and then number by number. (Blocks of four with what is left over behind them, in one loop for all
+  // widths, take a quarter longer while keys and values are in a cache.)
   template <class Visit>
   static void by_vectors(Index features, Visit&& visit) {
     features % (4 * lanes<T>) == 0 ? visit(std::integral_constant<int, 4>{}) : visit(std::integral_constant<int, 1>{});
