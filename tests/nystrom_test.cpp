@@ -63,8 +63,9 @@ Matrix<double> plain_nystrom(const Heads& heads, Index landmarks, const Sample<d
     const double scale = 1 / std::sqrt(static_cast<double>(dim));
     const Dense first = softmax_rows(scale * q * key_means.transpose());
     const Dense kernel = softmax_rows(scale * query_means * key_means.transpose());
-    const Dense last = softmax_rows(scale * query_means * k(tokens, Eigen::all).transpose());
-    out.middleCols(h * value_dim, value_dim) = first * pseudo_inverse(kernel) * last * v(tokens, Eigen::all);
+    const Dense last = softmax_rows(scale * query_means * k(tokens, Eigen::seqN(0, k.cols())).transpose());
+    out.middleCols(h * value_dim, value_dim) =
+        first * pseudo_inverse(kernel) * last * v(tokens, Eigen::seqN(0, v.cols()));
   }
   return out;
 }

@@ -20,6 +20,9 @@
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop
 #endif
+#if !EIGEN_VERSION_AT_LEAST(3, 4, 0)
+#error "nearfar needs Eigen 3.4 or later."
+#endif
 
 // Everything lives in an inline namespace named by version and instruction set, so that translation units built with
 // different -march flags carry different symbols and the linker never swaps one's kernels for the other's. (The
