@@ -16,20 +16,24 @@ struct Simd : ::testing::Test {};
 using Scalars = ::testing::Types<float, double>;
 TYPED_TEST_SUITE(Simd, Scalars);
 
-TYPED_TEST(Simd, SumsEachOfAsManyPacketsAsOneHasLanes) {
-  using T = TypeParam;
+// Of Count packets and, one after the other, its halves.
+template <class T, int Count>
+void expect_sums_of_lanes() {
   constexpr Index width = detail::lanes<T>;
-  T numbers[width * width], sums[width];
-  for (Index i = 0; i < width * width; ++i) numbers[i] = static_cast<T>(i * i % 101);
-  detail::Packet<T> packets[width];
-  for (Index p = 0; p < width; ++p) packets[p] = detail::ploadu<detail::Packet<T>>(numbers + p * width);
-  detail::pstoreu(sums, detail::Packet<T>(detail::sum_lanes(packets)));
-  for (Index p = 0; p < width; ++p) {
+  T numbers[Count * width], sums[width];
+  for (Index i = 0; i < Count * width; ++i) numbers[i] = static_cast<T>(i * i % 101);
+  detail::Packet<T> packets[Count];
+  for (Index p = 0; p < Count; ++p) packets[p] = detail::ploadu<detail::Packet<T>>(numbers + p * width);
+  detail::pstoreu(sums, detail::Packet<T>(detail::sum_lanes<Count>(packets)));
+  for (Index i = 0; i < width; ++i) {
     T sum = 0;
-    for (Index lane = 0; lane < width; ++lane) sum += numbers[p * width + lane];
-    EXPECT_EQ(sums[p], sum) << "packet " << p;
+    for (Index lane = 0; lane < width; ++lane) sum += numbers[i % Count * width + lane];
+    EXPECT_EQ(sums[i], sum) << "lane " << i << " of " << Count << " packets";
   }
+  if constexpr (Count > 1) expect_sums_of_lanes<T, Count / 2>();
 }
+
+TYPED_TEST(Simd, SumsTheLanesOfEachPacket) { expect_sums_of_lanes<TypeParam, detail::lanes<TypeParam>>(); }
 
 TYPED_TEST(Simd, SelectsWhereTheFirstIsLess) {
   using T = TypeParam;

@@ -180,36 +180,45 @@ NEARFAR_INLINE P fold(const P& a, const P& b, std::index_sequence<Lane...>) {
 
 // Steps first within 128 bits, then among runs of 128 bits, four or two at a time: what one instruction shuffles,
 // without a table of lanes.
-template <int Run, int Step, class P>
+template <int Count, int Run, int Step, class P>
 NEARFAR_INLINE P fold_all(P* packets) {
   using T = typename Eigen::internal::unpacket_traits<P>::type;
   constexpr int width = Eigen::internal::unpacket_traits<P>::size;
   constexpr int runs = Run == 1 ? std::min(width, static_cast<int>(16 / sizeof(T))) : width / Run;
   if constexpr (Step < width) {
-    NEARFAR_UNROLL for (int i = 0; i < width; i += 2 * Step) {
-      packets[i] = fold<Run, std::min(runs, 4)>(packets[i], packets[i + Step], std::make_index_sequence<width>{});
+    NEARFAR_UNROLL for (int i = 0; i < Count; i += 2 * Step) {
+      const P& other = packets[i + Step < Count ? i + Step : i];
+      packets[i] = fold<Run, std::min(runs, 4)>(packets[i], other, std::make_index_sequence<width>{});
     }
     constexpr int next = 2 * Step;
     constexpr int run = next == Run * runs ? next : Run;
-    return fold_all<run, next>(packets);
+    return fold_all<Count, run, next>(packets);
   } else {
     return packets[0];
   }
 }
 #endif
 
-/// The sums over the lanes of as many packets as a packet has lanes, one a lane. Overwrites the packets.
-template <class P>
+/// The sums over the lanes of `Count` packets, a divisor of the number of lanes: that of packet i in the lanes i,
+/// i + Count, ... Overwrites the packets.
+template <int Count, class P>
 NEARFAR_INLINE P sum_lanes(P* packets) {
-#if defined(__GNUC__)
-  return fold_all<1, 1>(packets);
-#else
   constexpr int width = Eigen::internal::unpacket_traits<P>::size;
+  static_assert(width % Count == 0);
+#if defined(__GNUC__)
+  return fold_all<Count, 1, 1>(packets);
+#else
   Eigen::internal::PacketBlock<P, width> block;
-  std::copy_n(packets, width, block.packet);
+  for (int i = 0; i < width; ++i) block.packet[i] = packets[i % Count];
   if constexpr (width > 1) ptranspose(block);
   return std::accumulate(block.packet + 1, block.packet + width, block.packet[0], padd<P>);
 #endif
+}
+
+/// Of as many packets as a packet has lanes.
+template <class P>
+NEARFAR_INLINE P sum_lanes(P* packets) {
+  return sum_lanes<Eigen::internal::unpacket_traits<P>::size>(packets);
 }
 
 /// Lane i of the result is lane i + Shift of a, the lanes taken as a ring.

@@ -120,12 +120,12 @@ void exp2_in_place(T* x, Index count) {
 template <int Count, class P, class T>
 NEARFAR_INLINE void sum_vectors(P (&vectors)[Count], T* to) {
   constexpr int width = Eigen::internal::unpacket_traits<P>::size;
-  if constexpr (Count >= 4 && width == 2 * Count) {
-    typename Eigen::internal::unpacket_traits<P>::half halves[Count];
-    NEARFAR_UNROLL for (int i = 0; i < Count; ++i) halves[i] = Eigen::internal::predux_half_dowto4(vectors[i]);
-    sum_vectors(halves, to);
-  } else if constexpr (width > 1 && Count % width == 0) {
+  if constexpr (Count % width == 0) {
     NEARFAR_UNROLL for (int first = 0; first < Count; first += width) pstoreu(to + first, sum_lanes(vectors + first));
+  } else if constexpr (Count > 1 && width % Count == 0) {
+    T sums[width];
+    pstoreu(sums, sum_lanes<Count>(vectors));
+    std::copy_n(sums, Count, to);
   } else {
     NEARFAR_UNROLL for (int i = 0; i < Count; ++i) to[i] = predux(vectors[i]);
   }
