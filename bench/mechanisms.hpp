@@ -32,7 +32,7 @@ inline nearfar::Additive<float> additive_attention(const nearfar::AdditiveOption
 
 /// What a peer's row must come to: the attention's forward pass.
 template <nearfar::Attention A>
-Subject<typename A::Scalar>::Prepare expected_of(A attention) {
+typename Subject<typename A::Scalar>::Prepare expected_of(A attention) {
   return forward_of(std::make_shared<const A>(std::move(attention)));
 }
 
