@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <filesystem>
 #include <fstream>
 #include <limits>
 #include <stdexcept>
@@ -52,7 +53,9 @@ inline std::string read_text(const std::string& path, std::size_t length) {
   file.read(text.data(), static_cast<std::streamsize>(length));
   text.resize(static_cast<std::size_t>(file.gcount()));
   const bool more = file.peek() != std::ifstream::traits_type::eof();
-  if (!file.is_open() || file.bad()) throw std::runtime_error("cannot read the file " + path + ".");
+  // Some libraries read a folder as an empty file.
+  if (!file.is_open() || file.bad() || std::filesystem::is_directory(path))
+    throw std::runtime_error("cannot read the file " + path + ".");
   if (more) std::printf("Only the first %zu bytes of %s are read; --length N reads more.\n", length, path.c_str());
   return text;
 }
