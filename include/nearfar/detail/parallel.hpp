@@ -30,6 +30,15 @@ inline int available_processors() {
   return offered == 0 ? 1 : static_cast<int>(offered);
 }
 
+/// Waits for no longer than waking a thread takes.
+template <class Condition>
+void spin_until(Condition&& happened) {
+  using Clock = std::chrono::steady_clock;
+  const Clock::time_point end = Clock::now() + std::chrono::microseconds(40);
+  while (!happened() && Clock::now() < end) {
+  }
+}
+
 /// Threads that share out numbered tasks: the caller and `size - 1` waiting threads.
 ///
 /// Idle threads sleep on a condition variable, because threads that go on spinning collapse on a busy machine; but for
@@ -87,15 +96,6 @@ class ThreadPool {
     std::exception_ptr error{};
     std::atomic_flag failed{};
   };
-
-  // For no longer than waking a thread takes.
-  template <class Condition>
-  static void spin_until(Condition&& happened) {
-    using Clock = std::chrono::steady_clock;
-    const Clock::time_point end = Clock::now() + std::chrono::microseconds(40);
-    while (!happened() && Clock::now() < end) {
-    }
-  }
 
   static void work(Job& job, int worker) {
     try {

@@ -1,10 +1,13 @@
 #pragma once
 
+#include <nearfar/detail/parallel.hpp>
 #include <nearfar/detail/tiles.hpp>
 #include <nearfar/mask.hpp>
 
 #include <algorithm>
 #include <atomic>
+#include <condition_variable>
+#include <mutex>
 
 namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
@@ -59,13 +62,18 @@ class Turns {
   /// Calls body() when all stretches before s (in the reverse order: behind s) have had their turn.
   template <class Body>
   void take(Index s, Body&& body) const {
-    const std::atomic_ref<Index> passed = this->passed(s);
-    for (Index now; (now = passed.load(std::memory_order_acquire)) != place(s);) {
-      passed.wait(now, std::memory_order_acquire);
+    const auto comes = [&] { return passed(s).load(std::memory_order_acquire) == place(s); };
+    spin_until(comes);
+    if (!comes()) {
+      std::unique_lock lock(mutex_);
+      passed_one_.wait(lock, comes);
     }
     body();
-    passed.store(place(s) + 1, std::memory_order_release);
-    passed.notify_all();
+    {
+      std::lock_guard lock(mutex_);
+      passed(s).store(place(s) + 1, std::memory_order_release);
+    }
+    passed_one_.notify_all();
   }
 
   /// To be held by a task from its beginning: if it ends by an exception, the others do not wait for its turn forever.
@@ -99,6 +107,9 @@ class Turns {
   const Stretches& stretches_;
   Order order_;
   Index* passed_;
+  // Not the wait of atomics: where there is no futex, libstdc++ loses wakings.
+  mutable std::mutex mutex_;
+  mutable std::condition_variable passed_one_;
 };
 
 /// Calls run(first, count) for the longest runs of wanted numbers in [first, end), and other(number) for the rest.
