@@ -330,7 +330,7 @@ TEST(AnyAttention, RunsWithTheParametersThatStandInIt) {
 TEST(AnyAttention, CopiesItsParametersFromWhereTheyStand) {
   AnyAttention<double> any(heads, "additive");
   draw(any.parameters(), 1);
-  AnyAttention<double>::Parameters copy = any.parameters();
+  auto copy = any.parameters();
   const std::vector<Matrix<double>> copied = all_of(copy);
   copy.for_each([](const auto&, Matrix<double>& matrix) { matrix.setZero(); });
   EXPECT_EQ(copied.size(), 6u);
@@ -363,6 +363,24 @@ TEST(AnyAttention, RefusesWhatAnotherMechanismSaved) {
             "nearfar::AnyAttention: grad_parameters must come from additive, but comes from another mechanism.");
 }
 
+TEST(AnyAttention, RefusesItsOwnParametersAsTheirGradients) {
+  const auto sample = random_sample<double>(heads, 5, 2);
+  Matrix<double> out = sample.query, query = sample.query, key = sample.key, value = sample.value;
+  for (const std::string line : {"additive", "fmm", "multipole:block=2,rank=1,pooling=grouped_convolution,levels=3"}) {
+    AnyAttention<double> any(heads, line);
+    AnyAttention<double>::Saved saved;
+    any.forward(sample.inputs(), out, saved);
+    std::string error;
+    try {
+      any.backward(sample.inputs(), out, saved, out, {query, key, value}, any.parameters());
+    } catch (const std::invalid_argument& refused) {
+      error = refused.what();
+    }
+    EXPECT_TRUE(error.ends_with(": grad_parameters are the parameters themselves: pass a copy of them, set to zero."))
+        << line << ": " << error;
+  }
+}
+
 TEST(AnyAttention, KeepsWhatAnotherMechanismSavedWhereItRefusesTheInputs) {
   const auto sample = random_sample<double>(heads, 5, 2);
   Matrix<double> out = sample.query, query = sample.query, key = sample.key, value = sample.value;
@@ -373,6 +391,12 @@ TEST(AnyAttention, KeepsWhatAnotherMechanismSavedWhereItRefusesTheInputs) {
   EXPECT_THROW(linear.forward(sample.inputs(), short_out, saved), std::invalid_argument);
   auto gradients = softmax.parameters();
   EXPECT_NO_THROW(softmax.backward(sample.inputs(), out, saved, out, {query, key, value}, gradients));
+}
+
+TEST(AnyAttention, RefusesARoomBelowZeroWhicheverMechanismItHolds) {
+  for (const std::string line : {"softmax:causal", "linear:causal"}) {
+    EXPECT_THROW(AnyAttention<float>(heads, line).start(-1), std::invalid_argument) << line;
+  }
 }
 
 TEST(AnyAttention, StreamsAsTheMechanismDoes) {

@@ -184,12 +184,23 @@ TEST(Streams, RefuseBadArgumentsInPlainSentences) {
                 additive.extend(no_pools, sample.inputs(), out);
               }).starts_with("nearfar::Additive: this state holds 0 numbers, but its heads need "));
   const Multipole<float> multipole(heads, {.block = 4, .rank = 2, .causal = true});
-  auto of_other_block = Multipole<float>(heads, {.block = 2, .rank = 2, .causal = true}).start();
-  of_other_block.tokens = 10;
+  auto of_other_rank = Multipole<float>(heads, {.block = 4, .rank = 1, .causal = true}).start();
+  of_other_rank.tokens = 10;
   EXPECT_EQ(
-      error_of([&] { multipole.extend(of_other_block, sample.inputs(), out); }),
+      error_of([&] { multipole.extend(of_other_rank, sample.inputs(), out); }),
       "nearfar::Multipole: this state holds 0 near tokens and 0 pooled rows, but its options need 6 and 8: take it "
       "from start().");
+  // States of the same shapes.
+  auto of_other_block = Multipole<float>(heads, {.block = 2, .rank = 2, .causal = true}).start();
+  EXPECT_EQ(error_of([&] { multipole.extend(of_other_block, sample.inputs(), out); }),
+            "nearfar::Multipole: this state is of queries that see 4 tokens before their own, but here they see 8: "
+            "take it from start().");
+  auto of_other_window = Banded<float>(heads, {.window = {3, 0}}).start();
+  EXPECT_EQ(error_of([&] {
+              Banded<float>(heads, {.window = {9, 0}}).extend(of_other_window, sample.inputs(), out);
+            }),
+            "nearfar::Banded: this state is of queries that see 3 tokens before their own, but here they see 9: take "
+            "it from start().");
   // What has moved to another state leaves its count behind.
   auto busy = softmax.start();
   auto idle = softmax.start();

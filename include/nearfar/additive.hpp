@@ -132,6 +132,7 @@ class Additive {
     check_parameters(parameters_, "");
     detail::check_gradients<T>(name, heads_, inputs, grad_out, grad);
     check_parameters(grad_parameters, "the gradient of ");
+    detail::check_apart(name, parameters_, grad_parameters);
     detail::Work work(context);
     const detail::AdditiveCall<T> call = prepare(inputs, work);
     check_saved(call, saved);

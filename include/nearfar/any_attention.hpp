@@ -25,13 +25,6 @@ struct SavedOf<M> {
 };
 
 template <class M>
-struct ParametersOf {};
-template <DifferentiableAttention M>
-struct ParametersOf<M> {
-  typename M::Parameters parameters;
-};
-
-template <class M>
 struct StateOf {};
 template <StreamingAttention M>
 struct StateOf<M> {
@@ -80,40 +73,28 @@ class AnyAttentionOf {
     std::variant<detail::SavedOf<Mechanisms>...> of;
   };
 
-  /// A copy of the parameters of the mechanism that is held; also where gradients of them are added up.
-  struct Parameters {
-    std::variant<detail::ParametersOf<Mechanisms>...> of;
-
+  /// The parameters of a mechanism, in one of its kind: a copy of them is a whole copy, to step or to add gradients in.
+  class Parameters {
+   public:
     template <class Visit>
     void for_each(Visit&& visit) {
-      std::visit([&](auto& held) { held.parameters.for_each(visit); }, of);
+      std::visit([&](auto& mechanism) { mechanism.parameters().for_each(visit); }, mechanism_);
     }
     template <class Visit>
     void for_each(Visit&& visit) const {
-      std::visit([&](const auto& held) { held.parameters.for_each(visit); }, of);
+      std::visit([&](const auto& mechanism) { mechanism.parameters().for_each(visit); }, mechanism_);
     }
+
+   private:
+    friend AnyAttentionOf;
+    explicit Parameters(std::variant<Mechanisms...> mechanism) : mechanism_(std::move(mechanism)) {}
+
+    std::variant<Mechanisms...> mechanism_;
   };
 
   /// What a stream of the mechanism that started it remembers.
   struct State {
     std::variant<detail::StateOf<Mechanisms>...> of;
-  };
-
-  /// The parameters where they stand in the mechanism, for an optimiser to step: to keep a copy of them, name the type
-  /// Parameters. Not to be used once the attention is moved or gone.
-  class ParametersInPlace {
-   public:
-    explicit ParametersInPlace(AnyAttentionOf& attention) : attention_(attention) {}
-
-    operator Parameters() const { return std::as_const(attention_).parameters(); }
-
-    template <class Visit>
-    void for_each(Visit&& visit) const {
-      std::visit([&](auto& mechanism) { mechanism.parameters().for_each(visit); }, attention_.mechanism_);
-    }
-
-   private:
-    AnyAttentionOf& attention_;
   };
 
   /// Throws std::invalid_argument if the line names a mechanism or an option that is not known, an option twice, or a
@@ -123,8 +104,8 @@ class AnyAttentionOf {
   /// Holds a mechanism that is already made. Its line sets the options that differ from their defaults; that of a
   /// mechanism with the user's own feature maps cannot be read again.
   template <class M>
-  requires(std::same_as<M, Mechanisms> || ...) explicit AnyAttentionOf(M mechanism) : mechanism_(std::move(mechanism)) {
-    const auto& options = std::get<M>(mechanism_).options();
+  requires(std::same_as<M, Mechanisms> || ...) explicit AnyAttentionOf(M mechanism) : held_(std::move(mechanism)) {
+    const auto& options = std::get<M>(held_.mechanism_).options();
     line_ = print(options, detail::names_of_changed(options, table_of(options)));
   }
 
@@ -140,19 +121,15 @@ class AnyAttentionOf {
   /// f(mechanism), of the mechanism that is held.
   template <class F>
   decltype(auto) visit(F&& f) const {
-    return std::visit(std::forward<F>(f), mechanism_);
+    return std::visit(std::forward<F>(f), held_.mechanism_);
   }
 
   Heads heads() const {
     return visit([](const auto& mechanism) -> Heads { return mechanism.heads(); });
   }
 
-  Parameters parameters() const requires differentiable {
-    return visit(
-        []<class M>(const M& mechanism) { return Parameters{detail::ParametersOf<M>{mechanism.parameters()}}; });
-  }
-
-  ParametersInPlace parameters() requires differentiable { return ParametersInPlace(*this); }
+  const Parameters& parameters() const requires differentiable { return held_; }
+  Parameters& parameters() requires differentiable { return held_; }
 
   void forward(const Inputs<Scalar>& inputs, Tokens<Scalar> out, Context& context = default_context()) const {
     visit([&](const auto& mechanism) { nearfar::forward(mechanism, inputs, out, context); });
@@ -174,14 +151,16 @@ class AnyAttentionOf {
                 Tokens<const Scalar> grad_out, const InputGradients<Scalar>& grad_inputs, Parameters& grad_parameters,
                 Context& context = default_context()) const requires differentiable {
     visit([&]<class M>(const M& mechanism) {
-      nearfar::backward(mechanism, inputs, out, part<detail::SavedOf<M>>(saved, "saved").saved, grad_out, grad_inputs,
-                        part<detail::ParametersOf<M>>(grad_parameters, "grad_parameters").parameters, context);
+      const auto& held = part<detail::SavedOf<M>>(saved.of, "saved");
+      auto&& gradients = part<M>(grad_parameters.mechanism_, "grad_parameters").parameters();
+      nearfar::backward(mechanism, inputs, out, held.saved, grad_out, grad_inputs, gradients, context);
     });
   }
 
   /// With room for so many tokens, where the mechanism makes room. Throws std::invalid_argument if the mechanism that
   /// is held cannot be streamed.
   State start(Index room = 0) const requires streaming {
+    detail::require(room >= 0, detail::line_reader, "room must be 0 or more, but is ", room, ".");
     return visit([&]<class M>(const M& mechanism) -> State {
       detail::require(StreamingAttention<M>, detail::line_reader, name(), " cannot be streamed.");
       if constexpr (requires { mechanism.start(room); }) {
@@ -197,20 +176,20 @@ class AnyAttentionOf {
   void extend(State& state, const Inputs<Scalar>& inputs, Tokens<Scalar> out,
               Context& context = default_context()) const requires streaming {
     visit([&]<class M>(const M& mechanism) {
-      auto& held = part<detail::StateOf<M>>(state, "state");
+      auto& held = part<detail::StateOf<M>>(state.of, "state");
       if constexpr (StreamingAttention<M>) nearfar::extend(mechanism, held.state, inputs, out, context);
     });
   }
 
  private:
-  AnyAttentionOf(const Heads& heads, const detail::OptionLine& line) : mechanism_(make(heads, line)) {
+  AnyAttentionOf(const Heads& heads, const detail::OptionLine& line) : held_(make(heads, line)) {
     line_ = visit([&](const auto& mechanism) { return print(mechanism.options(), detail::names_of(line.options)); });
   }
 
-  /// The part `Of` of a Saved, Parameters or State.
+  /// What a Saved, Parameters or State keeps of the mechanism that is held.
   template <class Of, class Kept>
   auto& part(Kept& kept, std::string_view argument) const {
-    auto* const part = std::get_if<Of>(&kept.of);
+    auto* const part = std::get_if<Of>(&kept);
     detail::require(part != nullptr, detail::line_reader, argument, " must come from ", name(),
                     ", but comes from another mechanism.");
     return *part;
@@ -245,7 +224,7 @@ class AnyAttentionOf {
     return *std::move(made);
   }
 
-  std::variant<Mechanisms...> mechanism_;
+  Parameters held_;
   std::string line_;
 };
 

@@ -116,8 +116,8 @@ concept Attention = requires(const A& attention, const Inputs<typename A::Scalar
 };
 
 /// Attention that can be trained. `forward` leaves in `saved` what `backward` needs; `backward` writes the gradients of
-/// the inputs and adds those of the parameters to `grad_parameters`, so that a batch may be split. The parameters of an
-/// object that is not const are stepped where they stand.
+/// the inputs and adds those of the parameters to `grad_parameters`, so that a batch may be split: a copy of
+/// parameters(), set to zero before. The parameters of an object that is not const are stepped where they stand.
 template <class A>
 concept DifferentiableAttention = Attention<A> &&
     requires(A& trained, const A& attention, const Inputs<typename A::Scalar>& inputs, Tokens<typename A::Scalar> out,
@@ -131,7 +131,8 @@ concept DifferentiableAttention = Attention<A> &&
 };
 
 /// Attention that can go on where it stopped: `extend` appends tokens (1 or 1000) to a sequence and gives their rows of
-/// out, the same rows that `forward` gives for the whole sequence.
+/// out, the same rows that `forward` gives for the whole sequence. A state is a value: a copy goes on by itself, as a
+/// beam search needs it. It holds one sequence, of this attention or one of the same heads, options and parameters.
 template <class A>
 concept StreamingAttention = Attention<A> &&
     requires(const A& attention, typename A::State& state, const Inputs<typename A::Scalar>& inputs,

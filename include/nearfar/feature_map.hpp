@@ -16,16 +16,17 @@
 namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
 
-/// A feature map phi of linear attention: a function of one number, its derivative, and a name of lower-case letters,
-/// digits and underscores. Linear attention applies it to every entry of query and key. A map whose functions also take
-/// and give Eigen's packets of numbers, as those below do, says so by a static `on_packets` that is true: it is faster.
+/// A feature map phi of linear attention: a function of one number, its derivative, each for float and double, and a
+/// name of lower-case letters, digits and underscores. Linear attention applies it to every entry of query and key. A
+/// map whose functions also take and give Eigen's packets of numbers, as those below do by the packet functions of
+/// detail/simd.hpp, says so by a static `on_packets` that is true: it is faster.
 template <class Map>
 concept FeatureMap = requires(const Map& map, float x, double y) {
   { Map::name } -> std::convertible_to<std::string_view>;
   { map.value(x) } -> std::convertible_to<float>;
-  { map.value(y) } -> std::convertible_to<double>;
+  { map.value(y) } -> std::same_as<double>;
   { map.derivative(x) } -> std::convertible_to<float>;
-  { map.derivative(y) } -> std::convertible_to<double>;
+  { map.derivative(y) } -> std::same_as<double>;
 };
 
 namespace detail {

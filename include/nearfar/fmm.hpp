@@ -142,6 +142,7 @@ class Fmm {
     detail::check_gradients<T>(name, heads_, inputs, grad_out, grad_inputs);
     check_parameters(parameters_, "");
     check_parameters(grad_parameters, "the gradient of ");
+    detail::check_apart(name, parameters_, grad_parameters);
     detail::check_saved(name, "near", saved.near, rows, heads_.out_cols());
     detail::check_saved(name, "log_sum_exp", saved.log_sum_exp, heads_.query, rows);
     detail::check_saved(name, "inverse_normalizer", saved.inverse_normalizer, rows, maps() * heads_.query);
@@ -179,12 +180,12 @@ class Fmm {
   void extend(State& state, const Inputs<T>& inputs, Tokens<T> out, Context& context = default_context()) const {
     detail::check_linear_stream(name, options_.causal, options_.normalizer);
     detail::check_stream_inputs<T>(name, heads_, inputs, out);
-    detail::check_cache(name, heads_, state.near);
+    detail::check_cache(name, heads_, detail::tokens_back(window()), state.near);
     far().check_state(name, state.far);
     check_parameters(parameters_, "");
     detail::Work work(context);
     const Gates gates = open_gates(work);
-    detail::extend_window(state.near, detail::tokens_back(window()), inputs, out,
+    detail::extend_window(state.near, inputs, out,
                           [&](const Inputs<T>& seen, Tokens<T> rows) { attend_near(work, gates, seen, rows); });
     far().forward({.inputs = inputs, .out = out, .weights = gates.far, .add = true, .state = &state.far}, work);
   }

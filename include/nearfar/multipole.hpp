@@ -5,6 +5,7 @@
 #include <nearfar/engine/multipole_stream.hpp>
 #include <nearfar/engine/pooled_queries.hpp>
 
+#include <limits>
 #include <optional>
 #include <string>
 #include <vector>
@@ -115,8 +116,8 @@ class Multipole {
     detail::require(options.block <= most_tokens / 4, name, "block must be at most ", most_tokens / 4, ", but is ",
                     options.block, ".");
     detail::require(options.levels >= 0, name, "levels must be 0 or more, but is ", options.levels, ".");
-    detail::require(options.levels < 62 && options.block <= most_tokens >> (options.levels + 1), name,
-                    "levels must leave block * 2^(levels + 1) tokens below 2^61, but block is ", options.block,
+    detail::require(options.levels < most_levels && options.block <= most_tokens >> (options.levels + 1), name,
+                    "levels must leave block * 2^(levels + 1) at most ", most_tokens, ", but block is ", options.block,
                     " and levels is ", options.levels, ".");
     detail::require(!(options.causal && options.pooled_queries), name,
                     "pooled_queries cannot be causal, because the mean of a sub-block's queries depends on later "
@@ -151,6 +152,7 @@ class Multipole {
     detail::check_gradients<T>(name, heads_, inputs, grad_out, grad_inputs);
     detail::check_saved(name, "log_sum_exp", saved.log_sum_exp, heads_.query, inputs.query.rows());
     check_parameters(grad_parameters, "the gradient of ");
+    detail::check_apart(name, parameters_, grad_parameters);
     detail::Work work(context);
     const Index stride = inputs.query.rows();
     T* delta = work.take<T>(heads_.query * stride);
@@ -191,7 +193,8 @@ class Multipole {
 
  private:
   static constexpr const char* name = "Multipole";
-  static constexpr Index most_tokens = Window::unlimited;  // about 2^61
+  static constexpr Index most_tokens = Window::unlimited;
+  static constexpr Index most_levels = std::numeric_limits<Index>::digits - 1;  // by so many bits it may be shifted
 
   // Rows of one head lie far apart and crowd into few sets of the second-level cache: a small tile stays there beside
   // the next head's. From memory, keys that two tiles read are better read once.

@@ -9,6 +9,10 @@
 #error "nearfar needs infinities and NaN: build without -ffast-math and -ffinite-math-only."
 #endif
 
+#if defined(min) || defined(max)
+#error "nearfar needs std::min and std::max, and not macros of their names: define NOMINMAX before windows.h."
+#endif
+
 // g++ mistakes the operand that some AVX-512 intrinsics leave undefined on purpose for an uninitialised variable, and
 // warns wherever Eigen's packet functions are inlined.
 #if defined(__GNUC__) && !defined(__clang__)

@@ -201,6 +201,13 @@ void check_parameter(std::string_view mechanism, const Matrix<Scalar>& parameter
           ", but is ", parameter.rows(), " x ", parameter.cols(), ".");
 }
 
+/// Gradients are added beside the parameters that they are of.
+template <class Parameters>
+void check_apart(std::string_view mechanism, const Parameters& parameters, const Parameters& grad_parameters) {
+  require(&parameters != &grad_parameters, mechanism,
+          "grad_parameters are the parameters themselves: pass a copy of them, set to zero.");
+}
+
 /// What forward saved for these inputs, and not for others.
 template <class Scalar>
 void check_saved(std::string_view mechanism, std::string_view name, const Matrix<Scalar>& saved, Index rows,

@@ -19,9 +19,11 @@ struct KeyValueCache {
   Matrix<T> value;                 ///< room x (heads.key_value * value_dim)
   std::vector<std::uint8_t> mask;  ///< room
   Index count = 0;                 ///< rows that hold a token, the first ones
+  Index back = 0;                  ///< how many tokens before its own a query sees
 
-  static KeyValueCache of(const Heads& heads, Index room) {
+  static KeyValueCache of(const Heads& heads, Index back, Index room) {
     KeyValueCache cache;
+    cache.back = back;
     cache.reallocate(heads.key_cols(), heads.value_cols(), room, 0);
     return cache;
   }
@@ -98,10 +100,12 @@ Inputs<T> middle_tokens(const Inputs<T>& inputs, Index first, Index count) {
 }
 
 template <class T>
-void check_cache(std::string_view mechanism, const Heads& heads, const KeyValueCache<T>& cache) {
+void check_cache(std::string_view mechanism, const Heads& heads, Index back, const KeyValueCache<T>& cache) {
   require(cache.key.cols() == heads.key_cols() && cache.value.cols() == heads.value_cols(), mechanism,
           "this state holds keys and values of ", cache.key.cols(), " and ", cache.value.cols(),
           " columns, but its heads need ", heads.key_cols(), " and ", heads.value_cols(), ": take it from start().");
+  require(cache.back == back, mechanism, "this state is of queries that see ", cache.back,
+          " tokens before their own, but here they see ", back, ": take it from start().");
   // What a state that was moved from still says it holds may be gone.
   const Index room = std::min({cache.key.rows(), cache.value.rows(), static_cast<Index>(cache.mask.size())});
   require(cache.count <= room, mechanism, "this state holds ", cache.count, " tokens, but has room for ", room,
@@ -116,14 +120,15 @@ inline Index tokens_back(const Window& window) { return std::min(window.left, Wi
 template <class T>
 KeyValueCache<T> start_window(std::string_view mechanism, const Heads& heads, Index back, Index room) {
   require(room >= 0, mechanism, "room must be 0 or more, but is ", room, ".");
-  return KeyValueCache<T>::of(heads, std::min(room, 2 * back + 1));
+  return KeyValueCache<T>::of(heads, back, std::min(room, 2 * back + 1));
 }
 
-/// Appends tokens to a stream whose queries see their own key and `back` before it. Calls attend(inputs, out) once or
-/// twice, with queries aligned at the end of keys among which are all that they see.
+/// Appends tokens to a stream whose queries see their own key and cache.back before it. Calls attend(inputs, out) once
+/// or twice, with queries aligned at the end of keys among which are all that they see.
 template <class T, class Attend>
-void extend_window(KeyValueCache<T>& cache, Index back, const Inputs<T>& inputs, Tokens<T> out, Attend&& attend) {
+void extend_window(KeyValueCache<T>& cache, const Inputs<T>& inputs, Tokens<T> out, Attend&& attend) {
   const Index count = inputs.query.rows();
+  const Index back = cache.back;
   // The first queries may see what came before this call: they meet it in the cache. All that the others see came with
   // them, and is read where it stands.
   const Index joined = cache.count == 0 ? 0 : std::min(back, count);

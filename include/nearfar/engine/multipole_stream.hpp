@@ -43,7 +43,7 @@ struct MultipoleState {
 template <class T>
 void check_state(std::string_view mechanism, const Heads& heads, const Hierarchy& tree,
                  const MultipoleState<T>& state) {
-  check_cache(mechanism, heads, state.near);
+  check_cache(mechanism, heads, 2 * tree.block(), state.near);
   const Index near = state.tokens - tree.first_token();
   require(state.near.count >= near && state.key.rows() >= tree.rows(), mechanism, "this state holds ", state.near.count,
           " near tokens and ", state.key.rows(), " pooled rows, but its options need ", near, " and ", tree.rows(),

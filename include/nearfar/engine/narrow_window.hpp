@@ -153,10 +153,11 @@ class NarrowWindow {
   Bounds bounds_of(const Sequence& rows, const Tile& tile, Index first, const Keys& keys) const {
     const Band band(window_, rows.query_count, rows.key_count);
     const Range seen = band.seen_by_any(tile.first + first, std::min(queries_at_once, tile.count - first));
-    const Index* const begin = keys.position;
-    const Index* const end = begin + keys.count;
+    const auto place_of = [&](Index position) {
+      return static_cast<Index>(std::lower_bound(keys.position, keys.position + keys.count, position) - keys.position);
+    };
     Bounds bounds;
-    bounds.keys = {std::lower_bound(begin, end, seen.first) - begin, std::lower_bound(begin, end, seen.end) - begin};
+    bounds.keys = {place_of(seen.first), place_of(seen.end)};
     for (Index lane = 0; lane < lanes<T>; ++lane) {
       const Index query = tile.first + first + lane % queries_at_once;
       bounds.from[lane] = T(band.first(query) - keys.origin);

@@ -70,8 +70,8 @@ class WindowMechanism {
   void extend(State& state, const Inputs<T>& inputs, Tokens<T> out, Context& context = default_context()) const {
     check_streams();
     check_stream_inputs<T>(name_, heads_, inputs, out);
-    check_cache(name_, heads_, state);
-    extend_window(state, tokens_back(window_), inputs, out,
+    check_cache(name_, heads_, tokens_back(window_), state);
+    extend_window(state, inputs, out,
                   [&](const Inputs<T>& seen, Tokens<T> rows) { attend(seen, rows, nullptr, context); });
   }
 
