@@ -1,6 +1,7 @@
 #include <nearfar/additive.hpp>
 #include <nearfar/banded.hpp>
 #include <nearfar/fmm.hpp>
+#include <nearfar/linear.hpp>
 #include <nearfar/multipole.hpp>
 #include <nearfar/softmax.hpp>
 
@@ -84,6 +85,27 @@ TEST(Streams, OfBandedHoldAWindowAndStayWhereTheyAre) {
   const Banded<float> to_itself(heads, {.window = {0, 0}});
   state = to_itself.start();
   extend_by(to_itself, state, random_sample<float>(heads, 100, 4), 1, [&] { EXPECT_EQ(state.room(), 0); });
+}
+
+// Plainly added to the sum of all before, each token would lose a bit more than the one before it.
+TEST(Streams, OfLinearLoseNothingOfTokensThatComeOneByOne) {
+  const Linear<float> attention(heads, {.causal = true});
+  const Linear<double> exact(heads, {.causal = true});
+  auto state = attention.start();
+  auto exact_state = exact.start();
+  const auto sample = random_sample<float>(heads, 500, 9);
+  const auto exact_sample = cast<double>(sample);
+  Matrix<float> out(1, heads.out_cols());
+  Matrix<double> exact_out(500, heads.out_cols());
+  for (int round = 0; round < 200; ++round) {
+    exact.extend(exact_state, exact_sample.inputs(), exact_out);
+    for (Index i = 0; i < 500; ++i) {
+      attention.extend(
+          state, {sample.query.middleRows(i, 1), sample.key.middleRows(i, 1), sample.value.middleRows(i, 1)}, out);
+    }
+  }
+  EXPECT_LE((out.cast<double>() - exact_out.bottomRows(1)).cwiseAbs().maxCoeff(),
+            5e-7 * exact_out.bottomRows(1).cwiseAbs().maxCoeff());
 }
 
 TEST(Streams, OfFmmHoldWhatItsPartsHold) {

@@ -62,12 +62,15 @@ template <class T>
 struct RunningSums {
   T* local;
   T* running;
+  bool grows;  ///< whether `running` is read again, after what is added now
 
-  RunningSums from(Index offset) const { return {local + offset, running == nullptr ? nullptr : running + offset}; }
+  RunningSums from(Index offset) const {
+    return {local + offset, running == nullptr ? nullptr : running + offset, grows};
+  }
 
   NEARFAR_INLINE void add(Index at, const Packet<T>& sum) const {
     pstoreu(local + at, padd(ploadu<Packet<T>>(local + at), sum));
-    if (running != nullptr) pstoreu(running + at, padd(ploadu<Packet<T>>(running + at), sum));
+    if (grows) pstoreu(running + at, padd(ploadu<Packet<T>>(running + at), sum));
   }
 
   /// Adds sum_j key_j^T value_j (key.dim, in whole groups, x value.stride) over `count` tokens.

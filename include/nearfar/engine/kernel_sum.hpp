@@ -42,17 +42,19 @@ class KernelSum {
   /// Numbers a key/value head in the sums S and z of all maps.
   Index sums_size() const { return maps() * map_size(); }
 
-  /// What a stream remembers: the sums of each head and map, and whether any key was visible yet.
+  /// What a stream remembers: the sums of each head and map, their excess, and whether any key was visible yet.
   struct State {
     std::vector<T> sums;
+    std::vector<T> excess;
     bool has_keys = false;
   };
 
-  State start() const { return {std::vector<T>(state_count(), T(0)), false}; }
+  State start() const { return {std::vector<T>(state_count(), T(0)), std::vector<T>(state_count(), T(0)), false}; }
 
   void check_state(std::string_view mechanism, const State& state) const {
-    require(state.sums.size() == state_count(), mechanism, "this state holds ", state.sums.size(),
-            " sums, but its heads and maps need ", state_count(), ": take it from start().");
+    const std::size_t held = std::min(state.sums.size(), state.excess.size());
+    require(std::max(state.sums.size(), state.excess.size()) == state_count() && held == state_count(), mechanism,
+            "this state holds ", held, " sums, but its heads and maps need ", state_count(), ": take it from start().");
   }
 
   struct Forward {
@@ -182,19 +184,13 @@ void KernelSum<T>::forward(const Forward& call, Work& work) const {
   }
   scan<T>(
       work, sequence_count(inputs), heads.key_value, sums_size(), alignment,
-      [&](Index, Range block, T* past) {
-        const Index count = block.count() * sums_size();
-        if (call.state == nullptr) {
-          std::fill_n(past, count, T(0));
-        } else {
-          std::copy_n(call.state->sums.data() + block.first * sums_size(), count, past);
-        }
+      [&](Index, Range block, const CarriedSums<T>& room) {
+        if (call.state == nullptr) return room.clear(block.count() * sums_size());
+        const Index first = block.first * sums_size();
+        return CarriedSums<T>{call.state->sums.data() + first, call.state->excess.data() + first};
       },
       [&](const ScanStep<T>& step, Scratch& scratch) { forward_segment(call, step, scratch); },
-      [&](Index, Range block, const T* total) {
-        if (call.state == nullptr) return;
-        std::copy_n(total, block.count() * sums_size(), call.state->sums.data() + block.first * sums_size());
-      });
+      [](Index, Range, const T*) {});
   if (call.state == nullptr) return;
   call.state->has_keys |= first_visible_key(inputs, sequence(inputs, 0)) < inputs.key.rows();
 }
@@ -227,7 +223,7 @@ void KernelSum<T>::forward_segment(const Forward& call, const ScanStep<T>& step,
     const Pace fetch{ahead, ahead.pace(inner_steps(chunk, step.sums_only ? 0 : heads.group()))};
     value.load(values_of_head(g).from(chunk.key), chunk.keys, visible.from(chunk.key));
     for (Index r = 0; r < maps(); ++r) {
-      const RunningSums<T> state = step.sums.from(((g - step.heads.first) * maps() + r) * map_size());
+      const RunningSums<T> state = step.sums_from(((g - step.heads.first) * maps() + r) * map_size(), chunk);
       const RunningSums<T> key_sum = state.from(state_size());
       key.load(keys_of_head(g).from(chunk.key), chunk.keys, visible.from(chunk.key), map(r), normalize_features);
       for (Index h = g * heads.group(); h < (g + 1) * heads.group() && !step.sums_only; ++h) {

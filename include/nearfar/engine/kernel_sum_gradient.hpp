@@ -17,7 +17,7 @@ void KernelSum<T>::backward(const Backward& call, Work& work) const {
   const Index cols = maps() * heads.query;
   const Tokens<T> grad_row_sum = take_rows<T>(work, rows, cols);
   const auto zero = [](Index size) {
-    return [size](Index, Range block, T* past) { std::fill_n(past, block.count() * size, T(0)); };
+    return [size](Index, Range block, const CarriedSums<T>& room) { return room.clear(block.count() * size); };
   };
   const auto along_keys = [&](Index b) { return queries_along_keys(inputs, b, false); };
   for (Index b = 0; b < sequences && !call.add; ++b) {
@@ -83,7 +83,7 @@ void KernelSum<T>::query_gradient_segment(const Backward& call, Tokens<T> grad_r
     const Index first = s.query_begin + chunk.query;
     value.load(values_of_head(g).from(chunk.key), chunk.keys, visible.from(chunk.key));
     for (Index r = 0; r < maps(); ++r) {
-      const RunningSums<T> state = step.sums.from(((g - step.heads.first) * maps() + r) * transposed_map_size());
+      const RunningSums<T> state = step.sums_from(((g - step.heads.first) * maps() + r) * transposed_map_size(), chunk);
       const RunningSums<T> key_sum = state.from(transposed_state_size());
       key.load(keys_of_head(g).from(chunk.key), chunk.keys, visible.from(chunk.key), map(r), normalize_features);
       for (Index h = g * heads.group(); h < (g + 1) * heads.group() && !step.sums_only; ++h) {
@@ -165,7 +165,7 @@ void KernelSum<T>::key_gradient_segment(const Backward& call, Tokens<T> grad_row
       key.load(keys_of_head(g).from(chunk.query), keys, shown, map(r), normalize_features);
       for (Index h = g * heads.group(); h < (g + 1) * heads.group(); ++h) {
         const Index place = (h - step.heads.first * heads.group()) * maps() + r;
-        const RunningSums<T> state = step.sums.from(place * weighted_map_size());
+        const RunningSums<T> state = step.sums_from(place * weighted_map_size(), chunk);
         const RunningSums<T> query_sum = state.from(state_size());
         const RunningSums<T> weight_sum = state.from(map_size());
         query.load(queries_of_head(h).from(chunk.key), queries, {}, map(r), normalize_features);

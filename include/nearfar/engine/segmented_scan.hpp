@@ -61,6 +61,35 @@ class Segments {
   Index beside_;
 };
 
+/// Sums over all segments so far, and beside each what rounding has given it too much (Kahan's summation): else a
+/// stream that takes tokens one by one would lose more of each, and in float all of those beyond 2^24.
+template <class T>
+struct CarriedSums {
+  T* sum;
+  T* excess;
+
+  CarriedSums clear(Index numbers) const {
+    std::fill_n(sum, numbers, T(0));
+    std::fill_n(excess, numbers, T(0));
+    return *this;
+  }
+
+  void copy_from(const CarriedSums& other, Index numbers) const {
+    if (other.sum == sum) return;
+    std::copy_n(other.sum, numbers, sum);
+    std::copy_n(other.excess, numbers, excess);
+  }
+
+  void add(const T* local, Index numbers) const {
+    for (Index i = 0; i < numbers; ++i) {
+      const T term = local[i] - excess[i];
+      const T now = sum[i] + term;
+      excess[i] = (now - sum[i]) - term;
+      sum[i] = now;
+    }
+  }
+};
+
 /// What one visit of a scan has to do: a segment of a sequence, for some of its heads.
 template <class T>
 struct ScanStep {
@@ -69,6 +98,13 @@ struct ScanStep {
   Range heads;
   RunningSums<T> sums;  ///< of all these heads, one after another
   bool sums_only;       ///< whether the segment is visited for its sum alone
+
+  /// The sums from `offset` on, as a chunk adds to them: after the last one of the segment only `local` is read.
+  RunningSums<T> sums_from(Index offset, const Chunk& chunk) const {
+    RunningSums<T> own = sums.from(offset);
+    own.grows &= chunk.query + chunk.queries < segment.query.end || chunk.key + chunk.keys < segment.key.end;
+    return own;
+  }
 
   /// Calls visit(chunk, head) for the chunks of the segment in turn, heads innermost because they share pages and cache
   /// lines. Before each it calls announce(chunk, head) with the one that comes next, which is empty after the last.
@@ -94,27 +130,27 @@ struct ScanStep {
 /// Runs along all sequences and heads, in parallel and in fixed order, carrying running sums of `size` numbers a head.
 ///
 ///   alignment(b)                      the Alignment of sequence b
-///   start(b, heads, past)             sets the sums with which sequence b begins
+///   begin(b, heads, room)             the sums with which sequence b begins: zeros in `room`, or those of a stream
+///                                     where they stand, which go on
 ///   visit(step, scratch)              does one segment; step.sums.local is zero and step.sums.running the past
-///   finish(b, heads, total)           takes the sums over the whole sequence
+///   finish(b, heads, total)           reads the sums over the whole sequence
 ///
 /// Where there are at least as many sequences and heads as threads, each runs from its first segment to its last. Else
 /// the segments themselves are shared out, in two rounds: the sums of all segments, then, each knowing its past,
-/// the segments. Both give the same bits. Memory: three states a head and thread, or two a head and segment.
+/// the segments. Both give the same bits. Memory: four states a head and thread, or two a head and segment.
 template <class T>
 void scan(Work& work, Index sequences, Index heads, Index size, FunctionRef<Alignment(Index)> alignment,
-          FunctionRef<void(Index, Range, T*)> start, FunctionRef<void(const ScanStep<T>&, Scratch&)> visit,
-          FunctionRef<void(Index, Range, const T*)> finish) {
-  const auto step = [&](Index b, const Segment& segment, Range block, const T* past, T* local, bool sums_only,
+          FunctionRef<CarriedSums<T>(Index, Range, CarriedSums<T>)> begin,
+          FunctionRef<void(const ScanStep<T>&, Scratch&)> visit, FunctionRef<void(Index, Range, const T*)> finish) {
+  const auto step = [&](Index b, const Segment& segment, Range block, T* past, T* local, bool sums_only,
                         Scratch& scratch) {
     const Index numbers = block.count() * size;
-    T* running = sums_only ? nullptr : scratch.take<T>(numbers);
-    if (!sums_only) std::copy_n(past, numbers, running);
+    // A single chunk leaves what came before it as it was.
+    const bool grows = !sums_only && std::max(segment.query.count(), segment.key.count()) > chunk_tokens;
+    T* running = sums_only ? nullptr : past;
+    if (grows) running = std::copy_n(past, numbers, scratch.take<T>(numbers)) - numbers;
     std::fill_n(local, numbers, T(0));
-    visit(ScanStep<T>{b, segment, block, {local, running}, sums_only}, scratch);
-  };
-  const auto accumulate = [](const T* local, Index numbers, T* past) {
-    for (Index i = 0; i < numbers; ++i) past[i] += local[i];
+    visit(ScanStep<T>{b, segment, block, {local, running, grows}, sums_only}, scratch);
   };
   // Without queries a segment is visited for its sum.
   const auto has_queries = [](const Segment& segment) { return segment.query.count() > 0; };
@@ -127,16 +163,15 @@ void scan(Work& work, Index sequences, Index heads, Index size, FunctionRef<Alig
       const Index b = task / blocks;
       const Range mine{task % blocks * block, std::min(heads, (task % blocks + 1) * block)};
       const Index numbers = mine.count() * size;
-      T* past = scratch.take<T>(numbers);
+      const CarriedSums<T> past = begin(b, mine, {scratch.take<T>(numbers), scratch.take<T>(numbers)});
       T* local = scratch.take<T>(numbers);
-      start(b, mine, past);
       const Segments segments(alignment(b));
       for (Index s = 0; s < segments.count(); ++s) {
         const Scratch::Scope scope(scratch);
-        step(b, segments[s], mine, past, local, !has_queries(segments[s]), scratch);
-        accumulate(local, numbers, past);
+        step(b, segments[s], mine, past.sum, local, !has_queries(segments[s]), scratch);
+        past.add(local, numbers);
       }
-      finish(b, mine, past);
+      finish(b, mine, past.sum);
     });
     return;
   }
@@ -146,28 +181,32 @@ void scan(Work& work, Index sequences, Index heads, Index size, FunctionRef<Alig
     // Segment s of head h: its past stands at past(s, h), its sum at local(s, h).
     T* pasts = work.take<T>((count + 1) * heads * size);
     T* locals = work.take<T>(count * heads * size);
+    T* excess = work.take<T>(heads * size);
     const auto past = [&](Index s, Index h) { return pasts + (h * (count + 1) + s) * size; };
     const auto local = [&](Index s, Index h) { return locals + (h * count + s) * size; };
-    const auto add_up = [&](Index h) {
+    const auto add_up = [&](Index h, bool stay) {
+      CarriedSums<T> sums{past(0, h), excess + h * size};
+      const CarriedSums<T> begun = begin(b, Range{h, h + 1}, sums);
+      sums.copy_from(begun, size);
       for (Index s = 0; s < count; ++s) {
-        std::copy_n(past(s, h), size, past(s + 1, h));
-        accumulate(local(s, h), size, past(s + 1, h));
+        sums.sum = std::copy_n(past(s, h), size, past(s + 1, h)) - size;
+        sums.add(local(s, h), size);
       }
+      if (stay && begun.sum != past(0, h)) begun.copy_from(sums, size);
     };
-    for (Index h = 0; h < heads; ++h) start(b, Range{h, h + 1}, past(0, h));
     work.for_each(count * heads, [&](Index task, Scratch& scratch) {
       const Index h = task % heads;
       const Index s = task / heads;
       step(b, segments[s], {h, h + 1}, past(0, h), local(s, h), true, scratch);
     });
-    work.for_each(heads, [&](Index h, Scratch&) { add_up(h); });
+    work.for_each(heads, [&](Index h, Scratch&) { add_up(h, false); });
     work.for_each(count * heads, [&](Index task, Scratch& scratch) {
       const Index h = task % heads;
       const Index s = task / heads;
       if (has_queries(segments[s])) step(b, segments[s], {h, h + 1}, past(s, h), local(s, h), false, scratch);
     });
     for (Index h = 0; h < heads; ++h) {
-      add_up(h);
+      add_up(h, true);
       finish(b, Range{h, h + 1}, past(count, h));
     }
   }
