@@ -441,8 +441,7 @@ TEST(Multipole, RefusesBadOptionsInOneSentence) {
             "nearfar::Multipole: block must be at most 576460752303423487, but is 9223372036854775807.");
   EXPECT_EQ(error({.block = 4, .levels = 60}),
             "nearfar::Multipole: levels must leave block * 2^(levels + 1) at most 2305843009213693951, but block is 4 "
-            "and levels "
-            "is 60.");
+            "and levels is 60.");
   EXPECT_EQ(error({.rank = 0}), "nearfar::Multipole: rank must be at least 1, but is 0.");
   EXPECT_EQ(error({.levels = -1}), "nearfar::Multipole: levels must be 0 or more, but is -1.");
   EXPECT_EQ(error({.scale = 0.0}), "nearfar::Multipole: scale must be positive and finite, but is 0.");

@@ -73,7 +73,8 @@ class AnyAttentionOf {
     std::variant<detail::SavedOf<Mechanisms>...> of;
   };
 
-  /// The parameters of a mechanism, in one of its kind: a copy of them is a whole copy, to step or to add gradients in.
+  /// The parameters of the mechanism that is held, where they stand in it. A copy stands by itself: to keep, or to add
+  /// gradients up in.
   class Parameters {
    public:
     template <class Visit>

@@ -42,19 +42,17 @@ class KernelSum {
   /// Numbers a key/value head in the sums S and z of all maps.
   Index sums_size() const { return maps() * map_size(); }
 
-  /// What a stream remembers: the sums of each head and map, their excess, and whether any key was visible yet.
+  /// What a stream remembers: the sums of each head and map, then their excess, and whether any key was visible yet.
   struct State {
     std::vector<T> sums;
-    std::vector<T> excess;
     bool has_keys = false;
   };
 
-  State start() const { return {std::vector<T>(state_count(), T(0)), std::vector<T>(state_count(), T(0)), false}; }
+  State start() const { return {std::vector<T>(state_count(), T(0)), false}; }
 
   void check_state(std::string_view mechanism, const State& state) const {
-    const std::size_t held = std::min(state.sums.size(), state.excess.size());
-    require(std::max(state.sums.size(), state.excess.size()) == state_count() && held == state_count(), mechanism,
-            "this state holds ", held, " sums, but its heads and maps need ", state_count(), ": take it from start().");
+    require(state.sums.size() == state_count(), mechanism, "this state holds ", state.sums.size(),
+            " sums, but its heads and maps need ", state_count(), ": take it from start().");
   }
 
   struct Forward {
@@ -88,7 +86,7 @@ class KernelSum {
   }
 
  private:
-  std::size_t state_count() const { return static_cast<std::size_t>(heads.key_value * sums_size()); }
+  std::size_t state_count() const { return static_cast<std::size_t>(2 * heads.key_value * sums_size()); }
   Index dim() const { return heads.dim; }
   Index value_dim() const { return heads.value_width(); }
   Index padded_dim() const { return round_up(dim(), lanes<T>); }
@@ -186,8 +184,8 @@ void KernelSum<T>::forward(const Forward& call, Work& work) const {
       work, sequence_count(inputs), heads.key_value, sums_size(), alignment,
       [&](Index, Range block, const CarriedSums<T>& room) {
         if (call.state == nullptr) return room.clear(block.count() * sums_size());
-        const Index first = block.first * sums_size();
-        return CarriedSums<T>{call.state->sums.data() + first, call.state->excess.data() + first};
+        T* const sums = call.state->sums.data() + block.first * sums_size();
+        return CarriedSums<T>{sums, sums + heads.key_value * sums_size()};
       },
       [&](const ScanStep<T>& step, Scratch& scratch) { forward_segment(call, step, scratch); },
       [](Index, Range, const T*) {});
