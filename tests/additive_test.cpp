@@ -67,12 +67,12 @@ Matrix<double> naive(const Additive<double>& attention, const Inputs<double>& in
     return m.size() > 0 ? m : Matrix<double>(Matrix<double>::Zero(1, cols));
   };
   const reference::AdditiveTerms<double> terms{
-      .query_weight = over_all_heads(heads, own.w_q),
-      .query_bias = or_zero(own.b_q, heads.query),
-      .key_weight = over_all_heads(heads, own.w_k),
-      .key_bias = or_zero(own.b_k, heads.query),
-      .transform_weight = own.w_t.size() > 0 ? own.w_t : Matrix<double>(Matrix<double>::Identity(width, width)),
-      .transform_bias = or_zero(own.b_t, width),
+      .w_q = over_all_heads(heads, own.w_q),
+      .b_q = or_zero(own.b_q, heads.query),
+      .w_k = over_all_heads(heads, own.w_k),
+      .b_k = or_zero(own.b_k, heads.query),
+      .w_t = own.w_t.size() > 0 ? own.w_t : Matrix<double>(Matrix<double>::Identity(width, width)),
+      .b_t = or_zero(own.b_t, width),
       .causal = attention.options().causal,
       .scale = attention.options().scale};
   const Matrix<double> out = reference::additive(heads, inputs, terms);
@@ -355,8 +355,7 @@ TEST(Additive, ReadsAndWritesStridedUnalignedViews) {
     Scattered<float> query(sample.query), key(sample.key), value(sample.value), out(0 * expected.out);
     Scattered<float> grad_query(0 * sample.query), grad_key(0 * sample.key), grad_value(0 * sample.value);
     Additive<float>::Saved saved;
-    auto grad_parameters = Additive<float>(small, attention.options()).parameters();
-    grad_parameters.for_each([](const std::string&, Matrix<float>& m) { m.setZero(); });
+    auto grad_parameters = zeros_like(attention.parameters());
     const Inputs<float> inputs{query.view(), key.view(), value.view()};
     attention.forward(inputs, out.view(), saved);
     attention.backward(inputs, out.view(), saved, query.view(), {grad_query.view(), grad_key.view(), grad_value.view()},

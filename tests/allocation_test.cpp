@@ -1,6 +1,7 @@
 #include "subjects/properties.hpp"
 
 #include <atomic>
+#include <cstddef>
 #include <cstdlib>
 #include <new>
 
@@ -9,6 +10,7 @@
 namespace {
 
 std::atomic<long> allocations{0};
+std::atomic<bool> exhausted{false};
 
 }  // namespace
 
@@ -24,7 +26,7 @@ void* __libc_memalign(std::size_t, std::size_t);
 
 void* malloc(std::size_t bytes) {
   ++allocations;
-  return __libc_malloc(bytes);
+  return exhausted ? nullptr : __libc_malloc(bytes);
 }
 void* calloc(std::size_t count, std::size_t bytes) {
   ++allocations;
@@ -36,7 +38,7 @@ void* realloc(void* memory, std::size_t bytes) {
 }
 void* aligned_alloc(std::size_t alignment, std::size_t bytes) {
   ++allocations;
-  return __libc_memalign(alignment, bytes);
+  return exhausted ? nullptr : __libc_memalign(alignment, bytes);
 }
 int posix_memalign(void** memory, std::size_t alignment, std::size_t bytes) {
   ++allocations;
@@ -91,6 +93,22 @@ TEST(AllocationCount, SeesEveryWayToMemory) {
             0);
 #endif
 }
+
+#ifdef __GLIBC__
+TEST(Scratch, EndsAScopeWithoutMemoryToJoinItsBlocks) {
+  detail::Scratch scratch;
+  {
+    const detail::Scratch::Scope scope(scratch);
+    scratch.take<std::byte>(1);
+    scratch.take<std::byte>(1 << 20);
+    exhausted = true;
+  }
+  exhausted = false;
+  EXPECT_EQ(scratch.bytes(), 0u);
+  const detail::Scratch::Scope scope(scratch);
+  EXPECT_NE(scratch.take<std::byte>(1 << 20), nullptr);
+}
+#endif
 
 class Allocation : public Property {
  protected:

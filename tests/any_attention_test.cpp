@@ -330,12 +330,12 @@ TEST(AnyAttention, RunsWithTheParametersThatStandInIt) {
 TEST(AnyAttention, CopiesItsParametersFromWhereTheyStand) {
   AnyAttention<double> any(heads, "additive");
   draw(any.parameters(), 1);
-  auto copy = any.parameters();
-  const std::vector<Matrix<double>> copied = all_of(copy);
-  copy.for_each([](const auto&, Matrix<double>& matrix) { matrix.setZero(); });
+  const auto before = any.parameters();
+  const std::vector<Matrix<double>> copied = all_of(before);
+  const auto copy = zeros_like(any.parameters());
   EXPECT_EQ(copied.size(), 6u);
   std::size_t zeros = 0;
-  std::as_const(copy).for_each([&](const auto&, const Matrix<double>& matrix) { zeros += matrix.isZero(0); });
+  copy.for_each([&](const auto&, const Matrix<double>& matrix) { zeros += matrix.isZero(0); });
   EXPECT_EQ(zeros, copied.size());
   EXPECT_EQ(copied, all_of(any.parameters()));
 }
@@ -589,6 +589,14 @@ TEST(AnyAttention, TrainsAndStreamsAMechanismWithoutAContext) {
   attention.extend(state, sample.inputs(), out);
   EXPECT_TRUE(same_bits(out, expected));
   EXPECT_EQ(std::get<1>(state.of).state.tokens, 6);
+}
+
+TEST(StreamingAttention, StartsWithRoomWhereItTakesSome) {
+  const Index tokens = 100;
+  EXPECT_GE(start(Softmax<double>(heads, {.causal = true}), tokens).room(), tokens);
+  EXPECT_EQ(start(Linear<double>(heads, {.causal = true}), tokens).sums.size(),
+            Linear<double>(heads, {.causal = true}).start().sums.size());
+  EXPECT_EQ(start(ScaledValue<double>(heads, {}), tokens).tokens, 0);
 }
 
 }  // namespace

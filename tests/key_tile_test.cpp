@@ -1,4 +1,4 @@
-#include <nearfar/engine/key_tile.hpp>
+#include <nearfar/engine/softmax/key_tile.hpp>
 
 #include <gtest/gtest.h>
 

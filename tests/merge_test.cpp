@@ -287,7 +287,7 @@ TEST(Merge, RefusesShapesThatDisagree) {
   EXPECT_EQ(message_of([&] {
               softmax.backward(sample.inputs(), out, saved, out, b.log_sum_exp, {query, key, value}, parameters);
             }),
-            "nearfar::Softmax: grad_log_sum_exp has 5 columns, but queries need 4.");
+            "nearfar::Softmax: grad_log_sum_exp is 4 x 5, but these heads and queries need 4 x 4.");
 }
 
 }  // namespace

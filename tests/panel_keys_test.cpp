@@ -1,4 +1,4 @@
-#include <nearfar/engine/panel_keys.hpp>
+#include <nearfar/engine/softmax/panel_keys.hpp>
 
 #include "support/random.hpp"
 

@@ -1,4 +1,4 @@
-#include <nearfar/engine/panels.hpp>
+#include <nearfar/engine/softmax/panels.hpp>
 
 #include <gtest/gtest.h>
 

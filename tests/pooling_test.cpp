@@ -1,4 +1,4 @@
-#include <nearfar/engine/pooling_convolution.hpp>
+#include <nearfar/engine/multipole/pooling_convolution.hpp>
 
 #include <gtest/gtest.h>
 

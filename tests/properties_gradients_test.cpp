@@ -89,6 +89,7 @@ TEST_P(Gradient, OfMoreOrFewerKeysThanQueriesIsThatOfForward) {
   if (!any_shape()) GTEST_SKIP() << "as many queries as keys";
   expect_differences(random_sample<double>(grouped_heads(), 20, 6, 50));
   expect_differences(random_sample<double>(grouped_heads(), 50, 7, 20));
+  expect_differences(random_sample<double>(grouped_heads(), 0, 17, 9));
 }
 
 TEST_P(Gradient, InFloatIsNearThatInDouble) { expect_float_near_double(masked_sample<double>(131, 8)); }

@@ -1,4 +1,4 @@
-#include <nearfar/engine/pseudo_inverse.hpp>
+#include <nearfar/engine/nystrom/pseudo_inverse.hpp>
 
 #include "support/compare.hpp"
 #include "support/random.hpp"

@@ -85,12 +85,12 @@ void nystrom(GoldenCase& golden, const Problem& problem) {
 
 void additive(GoldenCase& golden, const Problem& problem) {
   const Index heads = problem.heads.query, width = problem.heads.query_cols();
-  const reference::AdditiveTerms<double> terms{.query_weight = golden.array<double>("w_q", heads, width),
-                                               .query_bias = golden.array<double>("b_q", 1, heads),
-                                               .key_weight = golden.array<double>("w_k", heads, width),
-                                               .key_bias = golden.array<double>("b_k", 1, heads),
-                                               .transform_weight = golden.array<double>("w_t", width, width),
-                                               .transform_bias = golden.array<double>("b_t", 1, width),
+  const reference::AdditiveTerms<double> terms{.w_q = golden.array<double>("w_q", heads, width),
+                                               .b_q = golden.array<double>("b_q", 1, heads),
+                                               .w_k = golden.array<double>("w_k", heads, width),
+                                               .b_k = golden.array<double>("b_k", 1, heads),
+                                               .w_t = golden.array<double>("w_t", width, width),
+                                               .b_t = golden.array<double>("b_t", 1, width),
                                                .causal = problem.causal};
   expect_array(golden, "out", reference::additive(problem.heads, problem.sample.inputs(), terms));
 }

@@ -31,7 +31,7 @@ inline std::string read_file(const std::filesystem::path& path) {
   return bytes;
 }
 
-/// Writes beside the file and renames: whatever happens, the old file stands or the new one does.
+/// Writes beside the file and renames: whatever happens to this process, the old file stands or the new one.
 inline void write_file(const std::filesystem::path& path, std::string_view bytes) {
   std::filesystem::path unfinished = path;
   unfinished += ".unfinished";

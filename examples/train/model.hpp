@@ -32,13 +32,11 @@ class AttentionLayer {
 
   AttentionLayer(Index width, const Attention& attention, Random& random)
       : attention_(attention),
-        grad_attention_(std::as_const(attention_).parameters()),
+        grad_attention_(nearfar::zeros_like(std::as_const(attention_).parameters())),
         projection_(width, heads().query_cols() + heads().key_cols() + heads().value_cols(), random),
         output_(heads().out_cols(), width, random),
         attended_(heads().out_cols()),
-        grad_projected_(heads().query_cols() + heads().key_cols() + heads().value_cols()) {
-    grad_attention_.for_each([](const std::string&, Matrix<T>& gradient) { gradient.setZero(); });
-  }
+        grad_projected_(heads().query_cols() + heads().key_cols() + heads().value_cols()) {}
 
   Tokens<T> forward(Tokens<const T> x, std::span<const Index> offsets,
                     nearfar::Context& context = nearfar::default_context()) {

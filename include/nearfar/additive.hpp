@@ -1,9 +1,9 @@
 #pragma once
 
 #include <nearfar/attention.hpp>
-#include <nearfar/detail/checks.hpp>
-#include <nearfar/engine/additive_global.hpp>
-#include <nearfar/engine/additive_prefix_backward.hpp>
+#include <nearfar/checks.hpp>
+#include <nearfar/engine/additive/global.hpp>
+#include <nearfar/engine/additive/prefix_backward.hpp>
 
 #include <optional>
 #include <string_view>
@@ -34,17 +34,21 @@ struct AdditiveParameters {
 
   template <class Visit>
   void for_each(Visit&& visit) {
-    visit("w_q", w_q);
-    visit("w_k", w_k);
-    visit("b_q", b_q);
-    visit("b_k", b_k);
-    visit("w_t", w_t);
-    visit("b_t", b_t);
+    each(*this, visit);
   }
   template <class Visit>
   void for_each(Visit&& visit) const {
-    const_cast<AdditiveParameters*>(this)->for_each(
-        [&](const auto& of, const Matrix<T>& matrix) { visit(of, matrix); });
+    each(*this, visit);
+  }
+
+ private:
+  static void each(auto& p, auto& visit) {
+    visit("w_q", p.w_q);
+    visit("w_k", p.w_k);
+    visit("b_q", p.b_q);
+    visit("b_k", p.b_k);
+    visit("w_t", p.w_t);
+    visit("b_t", p.b_t);
   }
 };
 
@@ -121,16 +125,16 @@ class Additive {
   }
 
   /// Writes the gradients of query, key and value (where one view serves as two of them, its gradient is the sum) and
-  /// adds those of the parameters. Of a masked token nothing is read if its row of grad_out is zero. About three times
+  /// adds those of the parameters. Of a masked token nothing is read if its row of grad_out is zero. Two to three times
   /// the time of forward.
   ///
   /// Throws std::invalid_argument where shapes disagree, those of grad_parameters and saved included.
   void backward(const Inputs<T>& inputs, Tokens<const T> out, const Saved& saved, Tokens<const T> grad_out,
-                const InputGradients<T>& grad, Parameters& grad_parameters,
+                const InputGradients<T>& grad_inputs, Parameters& grad_parameters,
                 Context& context = default_context()) const {
     detail::check_inputs<T>(name, heads_, inputs, out, detail::Lengths::equal);
     check_parameters(parameters_, "");
-    detail::check_gradients<T>(name, heads_, inputs, grad_out, grad);
+    detail::check_gradients<T>(name, heads_, inputs, grad_out, grad_inputs);
     check_parameters(grad_parameters, "the gradient of ");
     detail::check_apart(name, parameters_, grad_parameters);
     detail::Work work(context);
@@ -138,13 +142,17 @@ class Additive {
     check_saved(call, saved);
     const Index width = heads_.query_cols();
     const auto take_weights = [&] { return detail::take_rows<T>(work, heads_.query, width); };
-    detail::AdditiveGradients<T> gradients{saved,          grad_out,       grad_out, grad,
-                                           take_weights(), take_weights(), {},       nullptr};
+    detail::AdditiveGradients<T> gradients{.saved = saved,
+                                           .out = grad_out,
+                                           .u = grad_out,
+                                           .inputs = grad_inputs,
+                                           .w_q = take_weights(),
+                                           .w_k = take_weights()};
     if (options_.transform) {
       detail::PackedMatrix<T> w_t(work, width, width);
       w_t.pack(work, [&](Index k, Index c) { return parameters_.w_t(k, c); });
-      detail::transform_backward(call, grad_out, w_t, grad.query);
-      gradients.u = grad.query;
+      detail::transform_backward(call, grad_out, w_t, grad_inputs.query);
+      gradients.u = grad_inputs.query;
       gradients.w_t = grad_parameters.w_t;
       if (options_.bias) gradients.b_t = grad_parameters.b_t.data();
     }
@@ -213,14 +221,14 @@ class Additive {
     const auto length = [&](Index tokens) {
       return options_.causal ? detail::prefix_stretch : std::max<Index>(128, (tokens + 63) / 64);
     };
-    return {inputs,
-            heads_,
-            options_.per_head_weights,
-            options_.add_query,
-            pack(parameters_.w_q, work),
-            pack(parameters_.w_k, work),
-            detail::Stretches(work, inputs, length),
-            work};
+    return {.inputs = inputs,
+            .heads = heads_,
+            .per_head_weights = options_.per_head_weights,
+            .add_query = options_.add_query,
+            .w_q = pack(parameters_.w_q, work),
+            .w_k = pack(parameters_.w_k, work),
+            .stretches = detail::Stretches(work, inputs, length),
+            .work = work};
   }
 
   /// Score weights as pooling wants them: times scale and log2 e, over all heads' features, rows of zeros up to whole
@@ -244,14 +252,14 @@ class Additive {
 
   Index first_column(Index head) const { return options_.per_head_weights ? head * heads_.dim : 0; }
 
-  T weight_factor() const { return T(detail::scale_or_default(options_.scale, heads_) * detail::log2_e<double>); }
+  T weight_factor() const { return detail::log2_scale<T>(detail::scale_or_default(options_.scale, heads_)); }
 
   void run(const Inputs<T>& inputs, Tokens<T> out, Saved* saved, State* state, Context& context) const {
     detail::check_inputs<T>(name, heads_, inputs, out, detail::Lengths::equal);
     check_parameters(parameters_, "");
     detail::Work work(context);
     const detail::AdditiveCall<T> call = prepare(inputs, work);
-    detail::AdditiveOut<T> result{out, options_.transform, {}, nullptr, saved};
+    detail::AdditiveOut<T> result{.rows = out, .transform = options_.transform, .saved = saved};
     const Index width = heads_.query_cols();
     if (options_.transform) {
       result.w_t = detail::PackedMatrix<T>(work, width, width);

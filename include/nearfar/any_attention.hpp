@@ -161,14 +161,10 @@ class AnyAttentionOf {
   /// With room for so many tokens, where the mechanism makes room. Throws std::invalid_argument if the mechanism that
   /// is held cannot be streamed.
   State start(Index room = 0) const requires streaming {
-    detail::require(room >= 0, detail::line_reader, "room must be 0 or more, but is ", room, ".");
+    detail::require(room >= 0, detail::any_attention_name, "room must be 0 or more, but is ", room, ".");
     return visit([&]<class M>(const M& mechanism) -> State {
-      detail::require(StreamingAttention<M>, detail::line_reader, name(), " cannot be streamed.");
-      if constexpr (requires { mechanism.start(room); }) {
-        return {detail::StateOf<M>{mechanism.start(room)}};
-      } else if constexpr (StreamingAttention<M>) {
-        return {detail::StateOf<M>{mechanism.start()}};
-      }
+      detail::require(StreamingAttention<M>, detail::any_attention_name, name(), " cannot be streamed.");
+      if constexpr (StreamingAttention<M>) return {detail::StateOf<M>{nearfar::start(mechanism, room)}};
       return {};
     });
   }
@@ -191,7 +187,7 @@ class AnyAttentionOf {
   template <class Of, class Kept>
   auto& part(Kept& kept, std::string_view argument) const {
     auto* const part = std::get_if<Of>(&kept);
-    detail::require(part != nullptr, detail::line_reader, argument, " must come from ", name(),
+    detail::require(part != nullptr, detail::any_attention_name, argument, " must come from ", name(),
                     ", but comes from another mechanism.");
     return *part;
   }
@@ -220,8 +216,9 @@ class AnyAttentionOf {
       made.emplace(M(heads, detail::read_options<Options>(line, table_of(Options{}))));
     };
     (make_if_named(std::type_identity<Mechanisms>{}), ...);
-    detail::require(made.has_value(), detail::line_reader, "unknown mechanism \"", line.mechanism, "\"; known are ",
-                    detail::joined(std::array{LineFormat<typename Mechanisms::Options>::name...}), ".");
+    detail::require(made.has_value(), detail::any_attention_name, "unknown mechanism \"", line.mechanism,
+                    "\"; known are ", detail::joined(std::array{LineFormat<typename Mechanisms::Options>::name...}),
+                    ".");
     return *std::move(made);
   }
 

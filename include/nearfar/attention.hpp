@@ -103,6 +103,14 @@ struct Ignore {
 
 }  // namespace detail
 
+/// A copy of parameters, every matrix zero: what backward adds gradients to.
+template <class Parameters>
+requires requires(Parameters& parameters) { parameters.for_each(detail::Ignore{}); }
+Parameters zeros_like(Parameters parameters) {
+  parameters.for_each([](const auto&, auto& matrix) { matrix.setZero(); });
+  return parameters;
+}
+
 /// Attention: something that maps query, key and value to out (n_q x heads.query * value_dim).
 ///
 /// `forward` is const and may be called from several threads at once. It throws std::invalid_argument, before anything
@@ -116,8 +124,8 @@ concept Attention = requires(const A& attention, const Inputs<typename A::Scalar
 };
 
 /// Attention that can be trained. `forward` leaves in `saved` what `backward` needs; `backward` writes the gradients of
-/// the inputs and adds those of the parameters to `grad_parameters`, so that a batch may be split: a copy of
-/// parameters(), set to zero before. The parameters of an object that is not const are stepped where they stand.
+/// the inputs and adds those of the parameters to `grad_parameters`, which begin as zeros_like(parameters()), so that a
+/// batch may be split. The parameters of an object that is not const are stepped where they stand.
 template <class A>
 concept DifferentiableAttention = Attention<A> &&
     requires(A& trained, const A& attention, const Inputs<typename A::Scalar>& inputs, Tokens<typename A::Scalar> out,
@@ -132,7 +140,9 @@ concept DifferentiableAttention = Attention<A> &&
 
 /// Attention that can go on where it stopped: `extend` appends tokens (1 or 1000) to a sequence and gives their rows of
 /// out, the same rows that `forward` gives for the whole sequence. A state is a value: a copy goes on by itself, as a
-/// beam search needs it. It holds one sequence, of this attention or one of the same heads, options and parameters.
+/// beam search needs it. It holds one sequence, of this attention or one of the same heads, options and parameters. If
+/// `extend` throws anything but std::invalid_argument (memory that runs out, say), the state is lost. `start` may take
+/// how many tokens to make room for.
 template <class A>
 concept StreamingAttention = Attention<A> &&
     requires(const A& attention, typename A::State& state, const Inputs<typename A::Scalar>& inputs,
@@ -142,7 +152,7 @@ concept StreamingAttention = Attention<A> &&
 };
 
 /// attention.forward(inputs, out, context), or without the context where a mechanism of your own does not take one; the
-/// functions below call likewise. For code that has a context and takes any attention.
+/// functions below call likewise, with what a mechanism takes. For code that takes any attention.
 template <Attention A>
 void forward(const A& attention, const Inputs<typename A::Scalar>& inputs, Tokens<typename A::Scalar> out,
              Context& context) {
@@ -172,6 +182,15 @@ void backward(const A& attention, const Inputs<typename A::Scalar>& inputs, Toke
     attention.backward(inputs, out, saved, grad_out, grad_inputs, grad_parameters, context);
   } else {
     attention.backward(inputs, out, saved, grad_out, grad_inputs, grad_parameters);
+  }
+}
+
+template <StreamingAttention A>
+typename A::State start(const A& attention, Index room = 0) {
+  if constexpr (requires { attention.start(room); }) {
+    return attention.start(room);
+  } else {
+    return attention.start();
   }
 }
 

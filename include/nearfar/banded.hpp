@@ -1,6 +1,6 @@
 #pragma once
 
-#include <nearfar/engine/window_mechanism.hpp>
+#include <nearfar/engine/softmax/window_mechanism.hpp>
 
 #include <optional>
 
@@ -8,7 +8,7 @@ namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
 
 struct BandedOptions {
-  /// How far a query sees to either side, both ends inclusive.
+  /// How far a query sees to either side, both ends inclusive. Unlimited unless given: then it is Softmax.
   Window window = {};
   /// Hides the keys to the right, however many window.right shows.
   bool causal = false;

@@ -1,6 +1,6 @@
 #pragma once
 
-#include <nearfar/detail/checks.hpp>
+#include <nearfar/detail/errors.hpp>
 #include <nearfar/detail/exp.hpp>
 
 #include <algorithm>

@@ -1,9 +1,9 @@
 #pragma once
 
-#include <nearfar/detail/checks.hpp>
-#include <nearfar/engine/key_value_cache.hpp>
-#include <nearfar/engine/window_attention.hpp>
-#include <nearfar/engine/window_gradient.hpp>
+#include <nearfar/checks.hpp>
+#include <nearfar/engine/softmax/key_value_cache.hpp>
+#include <nearfar/engine/softmax/window_attention.hpp>
+#include <nearfar/engine/softmax/window_backward.hpp>
 #include <nearfar/linear.hpp>
 
 #include <algorithm>
@@ -49,12 +49,17 @@ struct FmmParameters {
 
   template <class Visit>
   void for_each(Visit&& visit) {
-    visit(std::string("w_near"), near);
-    for (std::size_t r = 0; r < far.size(); ++r) visit("w_far_" + std::to_string(r), far[r]);
+    each(*this, visit);
   }
   template <class Visit>
   void for_each(Visit&& visit) const {
-    const_cast<FmmParameters*>(this)->for_each([&](const auto& of, const Matrix<T>& matrix) { visit(of, matrix); });
+    each(*this, visit);
+  }
+
+ private:
+  static void each(auto& p, auto& visit) {
+    visit(std::string("w_near"), p.near);
+    for (std::size_t r = 0; r < p.far.size(); ++r) visit("w_far_" + std::to_string(r), p.far[r]);
   }
 };
 
@@ -67,9 +72,9 @@ struct FmmParameters {
 /// tokens, and the gate g. New weights are w_near = 0 and w_far = 1, as in the paper.
 ///
 /// Shapes as Softmax. Time and memory beside inputs and out: the sum of Banded and Linear; each part is weighted where
-/// it is finished, and nothing of size n is kept. A second call of the same shapes allocates nothing. Masked keys are
-/// never read. A query that sees no key in the window gets the far field alone, and one that sees no key at all a zero
-/// row.
+/// it is finished, and nothing of size n is kept. A second call of the same shapes allocates nothing. Masked keys enter
+/// neither field. A query that sees no key in the window gets the far field alone, and one that sees no key at all a
+/// zero row.
 /// Streams (causal, row_sum) remember what Banded and Linear do: the last window.left keys and values, and O(1) sums.
 /// Source: Nguyen et al., FMMformer, arXiv 2108.02347, equations 5 and 9, blended.
 template <class T>
@@ -156,7 +161,7 @@ class Fmm {
     add_gate_gradient(work, saved.near, grad_out, grad_gates.middle_rows(0, heads_.query));
     T* delta = work.take<T>(heads_.query * rows);
     detail::softmax_delta<T>(work, heads_, saved.near, grad_near, delta);
-    detail::window_gradient<T>(work, heads_, window(), scale(), inputs, saved.log_sum_exp.data(), grad_near, delta,
+    detail::window_backward<T>(work, heads_, window(), scale(), inputs, saved.log_sum_exp.data(), grad_near, delta,
                                grad_inputs);
     far().backward({.inputs = inputs,
                     .grad_out = grad_out,
@@ -191,7 +196,7 @@ class Fmm {
   }
 
  private:
-  static constexpr const char* name = "Fmm";
+  static constexpr std::string_view name = "Fmm";
 
   /// g(w) for every head and feature: heads.query x value_dim, and as many rows for each feature map.
   struct Gates {

@@ -1,7 +1,7 @@
 #pragma once
 
-#include <nearfar/detail/checks.hpp>
-#include <nearfar/engine/kernel_sum_gradient.hpp>
+#include <nearfar/checks.hpp>
+#include <nearfar/engine/linear/kernel_sum_backward.hpp>
 #include <nearfar/feature_map.hpp>
 
 #include <cmath>
@@ -60,11 +60,11 @@ KernelSum<T> kernel_sum(const Heads& heads, const Options& options) {
 /// with j over the keys that query i sees.
 /// Shapes: as in attention.hpp; n_q and n_k, and dim and value_dim, may differ; causal is aligned at the end. S_r is
 /// dim x value_dim a head, and serves all query heads that share a key/value head.
-/// Time: 4 n d d_v flops a query head and map, and causal 2 n 64 d more for the pairs within chunks of 64 tokens.
+/// Time: 4 n d d_v flops a query head and map, and causal 2 n 64 d more for the pairs within chunks of about 64 tokens.
 /// Memory beside inputs and out: four times S a thread, head and map, whatever n is; with more threads than sequences
-/// and heads, twice S for every 2048 tokens. Backward as much, and 2 numbers a query, head and map. A second call of
-/// the same shapes allocates nothing. Masked keys are left out of every sum, and a query that sees no key gives a zero
-/// row. A map that may be negative can make the row sum vanish: the equation is followed as it stands. With
+/// and heads, twice S for every 2048 tokens or so. Backward as much, and 2 numbers a query, head and map. A second call
+/// of the same shapes allocates nothing. Masked keys are left out of every sum, and a query that sees no key gives a
+/// zero row. A map that may be negative can make the row sum vanish: the equation is followed as it stands. With
 /// `normalize_features`, features whose sum is zero count as zero.
 ///
 /// Source: Katharopoulos et al. (arXiv 2006.16236), equations 4 to 9; several maps as in FMMformer (arXiv 2108.02347),
@@ -125,7 +125,7 @@ class Linear {
   }
 
   /// Appends tokens, with as many queries as keys, to a stream and writes their rows of out. O(1) memory in the tokens
-  /// seen, one by one as exact as all at once. Of no use is a state in whose extension a feature map threw.
+  /// seen, one by one as exact as all at once. If a feature map throws, the state is lost.
   void extend(State& state, const Inputs<T>& inputs, Tokens<T> out, Context& context = default_context()) const {
     detail::check_linear_stream(name, options_.causal, options_.normalizer);
     detail::check_stream_inputs<T>(name, heads_, inputs, out);
@@ -141,7 +141,7 @@ class Linear {
 
   Heads heads_;
   Options options_;
-  Parameters parameters_;
+  [[no_unique_address]] Parameters parameters_;
 };
 
 }  // namespace NEARFAR_VERSION_NAMESPACE

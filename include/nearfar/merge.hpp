@@ -1,6 +1,6 @@
 #pragma once
 
-#include <nearfar/detail/checks.hpp>
+#include <nearfar/checks.hpp>
 #include <nearfar/online_softmax.hpp>
 
 #include <algorithm>
@@ -27,9 +27,7 @@ void check_part(std::string_view function, std::string_view name, const Heads& h
                 Index rows, std::string_view rows_of) {
   const std::string of(name);
   check_shape(function, of + ".out", part.out, rows, heads.out_cols(), rows_of, "the heads");
-  require(part.log_sum_exp.rows() == heads.query && part.log_sum_exp.cols() == rows, function, of, ".log_sum_exp is ",
-          part.log_sum_exp.rows(), " x ", part.log_sum_exp.cols(), ", but these heads and queries need ", heads.query,
-          " x ", rows, ".");
+  check_head_rows(function, of + ".log_sum_exp", part.log_sum_exp, heads.query, rows);
 }
 
 /// Calls visit(row, head, columns) for every query and head; columns(tokens) are the head's features of the row.
@@ -42,8 +40,7 @@ void for_each_head_row(Context& context, const Heads& heads, Index rows, Visit&&
       for (Index h = 0; h < heads.query; ++h) {
         const Index width = heads.value_width();
         visit(i, h, [i, h, width]<class S>(const Tokens<S>& tokens) {
-          using Row = Eigen::Array<T, 1, Eigen::Dynamic>;
-          return Eigen::Map<std::conditional_t<std::is_const_v<S>, const Row, Row>>(tokens.row(i) + h * width, width);
+          return RowArray<S>(tokens.row(i) + h * width, width);
         });
       }
     }

@@ -1,9 +1,9 @@
 #pragma once
 
-#include <nearfar/detail/checks.hpp>
-#include <nearfar/engine/multipole_gradient.hpp>
-#include <nearfar/engine/multipole_stream.hpp>
-#include <nearfar/engine/pooled_queries.hpp>
+#include <nearfar/checks.hpp>
+#include <nearfar/engine/multipole/backward.hpp>
+#include <nearfar/engine/multipole/pooled_queries.hpp>
+#include <nearfar/engine/multipole/stream.hpp>
 
 #include <limits>
 #include <optional>
@@ -46,18 +46,22 @@ struct MultipoleParameters {
 
   template <class Visit>
   void for_each(Visit&& visit) {
-    for (std::size_t l = 0; l < key.size(); ++l) {
-      const std::string level = std::to_string(l + 1);
-      visit("conv_k_w_" + level, key[l].weight);
-      visit("conv_k_b_" + level, key[l].bias);
-      visit("conv_v_w_" + level, value[l].weight);
-      visit("conv_v_b_" + level, value[l].bias);
-    }
+    each(*this, visit);
   }
   template <class Visit>
   void for_each(Visit&& visit) const {
-    const_cast<MultipoleParameters*>(this)->for_each(
-        [&](const auto& of, const Matrix<T>& matrix) { visit(of, matrix); });
+    each(*this, visit);
+  }
+
+ private:
+  static void each(auto& p, auto& visit) {
+    for (std::size_t l = 0; l < p.key.size(); ++l) {
+      const std::string level = std::to_string(l + 1);
+      visit("conv_k_w_" + level, p.key[l].weight);
+      visit("conv_k_b_" + level, p.key[l].bias);
+      visit("conv_v_w_" + level, p.value[l].weight);
+      visit("conv_v_b_" + level, p.value[l].bias);
+    }
   }
 };
 
@@ -192,7 +196,7 @@ class Multipole {
   }
 
  private:
-  static constexpr const char* name = "Multipole";
+  static constexpr std::string_view name = "Multipole";
   static constexpr Index most_tokens = Window::unlimited;
   static constexpr Index most_levels = std::numeric_limits<Index>::digits - 1;  // by so many bits it may be shifted
 
@@ -222,7 +226,7 @@ class Multipole {
   }
 
   detail::Hierarchy tree(Index tokens) const { return {tokens, options_.block, options_.rank}; }
-  T scale() const { return static_cast<T>(detail::scale_or_default(options_.scale, heads_)); }
+  double scale() const { return detail::scale_or_default(options_.scale, heads_); }
 
   // How many children a group of level l pools by learned weights.
   Index window(Index l) const {
@@ -301,8 +305,8 @@ class Multipole {
       const Index head = task % heads_.query;
       const Index key_head = head / heads_.group();
       const detail::Tile place{0, first + tile.first, tile.count};
-      const Tokens<const T> query = inputs.query.middle_rows(tile.first, tile.count).middle_cols(head * dim, dim);
-      const Tokens<T> result = out.middle_rows(tile.first, tile.count).middle_cols(head * dim, dim);
+      const Tokens<const T> query = inputs.query.middle_rows(tile.first, tile.count).head(head, dim);
+      const Tokens<T> result = out.middle_rows(tile.first, tile.count).head(head, dim);
       detail::QueryTile<T> queries(scratch, place.first, tile.count, dim, dim, options_.block);
       detail::KeyTile<T> keys(scratch, dim, dim);
       const auto visit = [&](const auto& band) { queries.visit(keys, band); };
@@ -316,12 +320,12 @@ class Multipole {
         later.add(query.data() + (next_head - head) * dim, query.stride(), tile.count, dim);
         walk.announce(place, next_head / heads_.group(), later);
       }
-      queries.load(query.data(), query.stride(), scale() * detail::log2_e<T>);
+      queries.load(query.data(), query.stride(), detail::log2_scale<T>(scale()));
       if (pooled != nullptr) pooled->hand_down(head, queries);
       queries.lookahead().and_then(&later);
       walk.near_field(place, key_head, keys, queries.lookahead(), visit);
       if (pooled == nullptr) walk.far_field(place, key_head, keys, visit);
-      detail::with_store(past, [&](auto store) {
+      detail::with_store(past, [&](detail::KeepOrPastCaches store) {
         queries.finish(result.data(), result.stride(),
                        log_sum_exp == nullptr ? nullptr : log_sum_exp + head * stride + tile.first, nullptr, store);
       });
@@ -339,7 +343,7 @@ class Multipole {
     const detail::FarField<T> grad_far{detail::take_zero_head_rows<T>(work, tree.rows(), heads_.key_value, heads_.dim),
                                        detail::take_zero_head_rows<T>(work, tree.rows(), heads_.key_value, heads_.dim)};
     const bool pooled_queries = options_.pooled_queries && tree.levels() > 0;
-    detail::MultipoleGradient<T>(work, tree, heads_, gradients, grad_far)
+    detail::MultipoleBackward<T>(work, tree, heads_, gradients, grad_far)
         .backward(walk, !pooled_queries, scale(), inputs, grad_out, log_sum_exp, delta, stride);
     if (pooled_queries) {
       detail::PooledQueries<T>(work, tree, heads_, scale(), inputs.query, query_mask(inputs))

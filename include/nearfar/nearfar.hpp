@@ -8,6 +8,7 @@
 #include <nearfar/context.hpp>         // threads and working memory
 #include <nearfar/attention.hpp>       // the concepts, and what attention reads
 #include <nearfar/mask.hpp>            // which keys a query sees
+#include <nearfar/checks.hpp>          // what every mechanism refuses, in one sentence each
 #include <nearfar/online_softmax.hpp>  // the running softmax: maximum, sum, weighted value
 #include <nearfar/feature_map.hpp>     // the feature maps of linear attention
 
@@ -23,3 +24,7 @@
 #include <nearfar/line_format.hpp>     // how mechanisms and their options are written in a line of text
 #include <nearfar/any_attention.hpp>   // any of them, chosen by such a line
 // clang-format on
+
+// Below these: engine/microkernel.hpp and engine/tiles.hpp, which all share, and a folder for what stands behind each
+// mechanism: engine/softmax (also the near field of Banded, Fmm and Multipole), linear, nystrom, additive, multipole.
+// detail/ is the ground floor: vectors, exp, transposition, stores, fetching ahead, threads, memory, errors.

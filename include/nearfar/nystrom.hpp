@@ -1,11 +1,11 @@
 #pragma once
 
-#include <nearfar/detail/checks.hpp>
-#include <nearfar/engine/iterated_inverse.hpp>
-#include <nearfar/engine/landmarks.hpp>
-#include <nearfar/engine/pseudo_inverse.hpp>
-#include <nearfar/engine/split_keys.hpp>
-#include <nearfar/engine/window_attention.hpp>
+#include <nearfar/checks.hpp>
+#include <nearfar/engine/nystrom/iterated_inverse.hpp>
+#include <nearfar/engine/nystrom/landmarks.hpp>
+#include <nearfar/engine/nystrom/pseudo_inverse.hpp>
+#include <nearfar/engine/nystrom/split_keys.hpp>
+#include <nearfar/engine/softmax/window_attention.hpp>
 
 #include <algorithm>
 #include <limits>
@@ -20,7 +20,7 @@ struct NystromOptions {
   Index landmarks = 64;
   /// What query . key is multiplied by; 1 / sqrt(dim) unless given.
   std::optional<double> scale = {};
-  /// Pivots of the kernel up to this share of the first count as zero; its size times the rounding unit of T unless
+  /// Pivots of the kernel up to this share of the first count as zero; its size times the machine epsilon of T unless
   /// given, which is the inverse as the equation has it. To train, give more, such as 0.1: where queries and keys are
   /// alike still, A is close to singular, and its inverse drowns what the values say.
   std::optional<double> tolerance = {};
@@ -94,13 +94,11 @@ class Nystrom {
     const auto take = [&](Index cols) { return detail::take_rows<T>(work, rows, cols); };
     const Index dims = heads_.query_cols(), value_dims = heads_.out_cols();
     attend(work, inputs, out, landmarks,
-           {take(dims),
-            take(dims),
-            take(value_dims),
-            work.take<double>(heads_.query * rows),
-            take(value_dims),
-            {},
-            nullptr});
+           {.query = take(dims),
+            .key = take(dims),
+            .out = take(value_dims),
+            .out_log_sum_exp = work.take<double>(heads_.query * rows),
+            .value = take(value_dims)});
   }
 
   void forward(const Inputs<T>& inputs, Tokens<T> out, Saved& saved, Context& context = default_context()) const {
@@ -116,8 +114,13 @@ class Nystrom {
     saved.inverse.resize(rows, heads_.query * landmarks.most());
     saved.log_sum_exp.resize(heads_.query, inputs.query.rows());
     attend(work, inputs, out, landmarks,
-           {saved.landmark_query, saved.landmark_key, saved.landmark_out, saved.landmark_log_sum_exp.data(),
-            saved.landmark_value, Tokens<double>(saved.inverse), saved.log_sum_exp.data()});
+           {.query = saved.landmark_query,
+            .key = saved.landmark_key,
+            .out = saved.landmark_out,
+            .out_log_sum_exp = saved.landmark_log_sum_exp.data(),
+            .value = saved.landmark_value,
+            .inverse = saved.inverse,
+            .log_sum_exp = saved.log_sum_exp.data()});
   }
 
   void backward(const Inputs<T>& inputs, Tokens<const T> out, const Saved& saved, Tokens<const T> grad_out,
@@ -136,23 +139,23 @@ class Nystrom {
     // Backwards through softmax(scale * q Kl^T) W, then W = A^+ B and A, then B, then the means.
     T* delta = work.take<T>(heads_.query * inputs.query.rows());
     detail::softmax_delta(work, heads_, out, grad_out, delta);
-    detail::wide_window_gradient(work, landmark_heads(), Window{}, scale(),
+    detail::wide_window_backward(work, landmark_heads(), Window{}, scale(),
                                  landmarks.as_keys<T>(inputs, saved.landmark_key, saved.landmark_value),
                                  saved.log_sum_exp.data(), grad_out, delta, {grad_inputs.query, grad_key, grad_value});
     work.for_each(sequence_count(inputs) * heads_.query, [&](Index task, detail::Scratch& scratch) {
       solve_backward(landmarks.of(task / heads_.query), task % heads_.query, saved, grad_value,
                      {grad_kernel_query, grad_key, grad_landmark_out}, scratch);
     });
-    detail::split_key_gradient<T>(work, heads_, scale(), landmarks.as_queries<T>(inputs, saved.landmark_query),
-                                  saved.landmark_out, saved.landmark_log_sum_exp.data(), grad_landmark_out,
-                                  {grad_query, grad_inputs.key, grad_inputs.value});
+    detail::split_keys_backward<T>(work, heads_, scale(), landmarks.as_queries<T>(inputs, saved.landmark_query),
+                                   saved.landmark_out, saved.landmark_log_sum_exp.data(), grad_landmark_out,
+                                   {grad_query, grad_inputs.key, grad_inputs.value});
     grad_query.matrix() += grad_kernel_query.matrix();
     landmarks.add_average_gradient<T>(work, grad_query, heads_.dim, 1, grad_inputs.query);
     landmarks.add_average_gradient<T>(work, grad_key, heads_.dim, heads_.group(), grad_inputs.key);
   }
 
  private:
-  static constexpr const char* name = "Nystrom";
+  static constexpr std::string_view name = "Nystrom";
 
   /// What stands between inputs and out, as in Saved; the last two may be null.
   struct Factors {
@@ -161,8 +164,8 @@ class Nystrom {
     Tokens<T> out;
     double* out_log_sum_exp;
     Tokens<T> value;
-    Tokens<double> inverse;
-    double* log_sum_exp;
+    Tokens<double> inverse = {};
+    double* log_sum_exp = nullptr;
   };
 
   double scale() const { return detail::scale_or_default(options_.scale, heads_); }
@@ -191,7 +194,7 @@ class Nystrom {
   // The share of one sequence and head in what each landmark has, `width` columns a head.
   template <class S>
   static Tokens<S> share(Tokens<S> tokens, Range landmarks, Index head, Index width) {
-    return tokens.middle_rows(landmarks.first, landmarks.count()).middle_cols(head * width, width);
+    return tokens.middle_rows(landmarks.first, landmarks.count()).head(head, width);
   }
 
   // The same of Saved::inverse.

@@ -17,9 +17,23 @@ inline constexpr T infinity = std::numeric_limits<T>::infinity();
 /// Vectors of scores that become weights at once: enough of them hide what each waits for.
 inline constexpr int weights_at_once = vector_registers >= 32 ? 8 : vector_registers >= 16 ? 4 : 1;
 
-/// The log-sum-exp of scores in units of log 2 that have this maximum and this sum of 2^(score - max), -infinity of
-/// none. Always a double: at a logit of 1e4 a float is off by up to 5e-4, and so would be every weight that the
-/// backward pass takes from it.
+/// What query . key is multiplied by to be a score in units of log 2, whose exp is exp2.
+template <class T>
+T log2_scale(double scale) {
+  return T(scale * log2_e<double>);
+}
+
+/// What scores with these maxima are shifted by: the maximum or, where no key was seen, 0, as -infinity - -infinity is
+/// NaN.
+template <class P>
+NEARFAR_INLINE P shift_of(const P& max) {
+  using T = typename Eigen::internal::unpacket_traits<P>::type;
+  return pselect(pcmp_eq(max, pset1<P>(-infinity<T>)), pset1<P>(T(0)), max);
+}
+
+/// The natural log-sum-exp of scores in units of log 2, from their maximum and the sum of 2^(score - max): -infinity
+/// where there is none. Always a double: at a logit of 1e4 a float is off by up to 5e-4, and so would be every weight
+/// that the backward pass takes from it.
 template <class T>
 double natural_log_sum_exp(T max, T sum) {
   return sum == T(0) ? -infinity<double> : ln_2<double> * double{max} + std::log(double{sum});
@@ -105,9 +119,7 @@ struct OnlineSoftmax {
     const Packet<T> old = ploadu<Packet<T>>(max + v * lanes<T>);
     const Packet<T> larger = pmax(old, new_max);
     pstoreu(max + v * lanes<T>, larger);
-    // -infinity - -infinity would be NaN: a query that has seen no key yet shifts by nothing.
-    const Packet<T> none = pset1<Packet<T>>(-infinity<T>);
-    const Packet<T> shift = pselect(pcmp_eq(larger, none), pset1<Packet<T>>(T(0)), larger);
+    const Packet<T> shift = shift_of(larger);
     const Packet<T> correction = exp2<T>(psub(old, shift));
     Packet<T> total = pset1<Packet<T>>(T(0));
     for (Index j = 0; j < count; j += weights_at_once) weigh(scores + v * lanes<T> + j * width, shift, total);

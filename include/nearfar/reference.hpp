@@ -202,15 +202,15 @@ Matrix<T> nystrom(const Heads& heads, const Inputs<T>& inputs, Index landmarks, 
 // ---------------------------------------------------------------------------------------------------------------------
 // Additive.
 
-/// Row h of a score weight gives the score of head h from all heads' features; E = heads.query * dim.
+/// Row h of a score weight gives the score of head h from all heads' features; D = heads.query * dim.
 template <class T>
 struct AdditiveTerms {
-  Matrix<T> query_weight;      ///< heads.query x E
-  Matrix<T> query_bias;        ///< 1 x heads.query
-  Matrix<T> key_weight;        ///< heads.query x E
-  Matrix<T> key_bias;          ///< 1 x heads.query
-  Matrix<T> transform_weight;  ///< E x E, a row an output feature
-  Matrix<T> transform_bias;    ///< 1 x E
+  Matrix<T> w_q;  ///< heads.query x D
+  Matrix<T> b_q;  ///< 1 x heads.query
+  Matrix<T> w_k;  ///< heads.query x D
+  Matrix<T> b_k;  ///< 1 x heads.query
+  Matrix<T> w_t;  ///< D x D, a row an output feature
+  Matrix<T> b_t;  ///< 1 x D
   bool causal = false;
   bool add_query = true;
   std::optional<double> scale = {};
@@ -221,7 +221,7 @@ template <class T>
 Matrix<T> repeat_heads(const Heads& heads, Tokens<const T> rows) {
   Matrix<T> result(rows.rows(), heads.query * heads.dim);
   for (Index h = 0; h < heads.query; ++h) {
-    result.middleCols(h * heads.dim, heads.dim) = rows.middle_cols(h / heads.group() * heads.dim, heads.dim).matrix();
+    result.middleCols(h * heads.dim, heads.dim) = rows.head(h / heads.group(), heads.dim).matrix();
   }
   return result;
 }
@@ -256,13 +256,12 @@ Matrix<T> additive(const Heads& heads, const Inputs<T>& inputs, const AdditiveTe
     const Matrix<T> query = one.query.matrix();
     const Matrix<T> key = repeat_heads<T>(heads, one.key);
     const Matrix<T> value = repeat_heads<T>(heads, one.value);
-    const Matrix<T> global_query =
-        pooled_tokens(heads, query, terms.query_weight, terms.query_bias, one.key_mask, terms);
+    const Matrix<T> global_query = pooled_tokens(heads, query, terms.w_q, terms.b_q, one.key_mask, terms);
     const Matrix<T> product = global_query.cwiseProduct(key);
-    const Matrix<T> global_key = pooled_tokens(heads, product, terms.key_weight, terms.key_bias, one.key_mask, terms);
+    const Matrix<T> global_key = pooled_tokens(heads, product, terms.w_k, terms.b_k, one.key_mask, terms);
     // Where gk has pooled no token it is 0, and the value, which may be that of a masked key, is not read.
     const Matrix<T> u = (global_key.array() == 0).select(T(0), global_key.cwiseProduct(value));
-    Matrix<T> out = (u * terms.transform_weight.transpose()).rowwise() + terms.transform_bias.row(0);
+    Matrix<T> out = (u * terms.w_t.transpose()).rowwise() + terms.b_t.row(0);
     if (terms.add_query) out += query;
     return out;
   });

@@ -1,6 +1,6 @@
 #pragma once
 
-#include <nearfar/engine/window_mechanism.hpp>
+#include <nearfar/engine/softmax/window_mechanism.hpp>
 
 #include <optional>
 

@@ -124,8 +124,11 @@ class Tokens {
   /// The rows [first, first + count).
   Tokens middle_rows(Index first, Index count) const { return {row(first), count, cols_, stride_}; }
 
-  /// The columns [first, first + count): one head's share of every row.
+  /// The columns [first, first + count).
   Tokens middle_cols(Index first, Index count) const { return {data_ + first, rows_, count, stride_}; }
+
+  /// What every row has of head `head`, where heads of `width` columns stand side by side.
+  Tokens head(Index head, Index width) const { return middle_cols(head * width, width); }
 
   Map matrix() const { return Map(data_, rows_, cols_, Eigen::OuterStride<>(stride_)); }
 

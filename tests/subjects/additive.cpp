@@ -25,12 +25,12 @@ Matrix<double> naive(const Additive<double>& attention, const Inputs<double>& in
   const Index width = heads.query_cols();
   return reference::additive(
       heads, inputs,
-      reference::AdditiveTerms<double>{.query_weight = over_all_heads(heads, own.w_q),
-                                       .query_bias = or_else(own.b_q, no_bias),
-                                       .key_weight = over_all_heads(heads, own.w_k),
-                                       .key_bias = or_else(own.b_k, no_bias),
-                                       .transform_weight = or_else(own.w_t, Matrix<double>::Identity(width, width)),
-                                       .transform_bias = or_else(own.b_t, Matrix<double>::Zero(1, width)),
+      reference::AdditiveTerms<double>{.w_q = over_all_heads(heads, own.w_q),
+                                       .b_q = or_else(own.b_q, no_bias),
+                                       .w_k = over_all_heads(heads, own.w_k),
+                                       .b_k = or_else(own.b_k, no_bias),
+                                       .w_t = or_else(own.w_t, Matrix<double>::Identity(width, width)),
+                                       .b_t = or_else(own.b_t, Matrix<double>::Zero(1, width)),
                                        .causal = attention.options().causal,
                                        .add_query = attention.options().add_query,
                                        .scale = attention.options().scale});

@@ -183,11 +183,10 @@ Gradients<T, typename A::Parameters> run_backward(const A& attention, const Inpu
     return Matrix<T>(Matrix<T>::Constant(rows, cols, std::numeric_limits<T>::quiet_NaN()));
   };
   const Heads heads = attention.heads();
-  Gradients<T, typename A::Parameters> result{unwritten(inputs.query.rows(), heads.out_cols()),
-                                              unwritten(inputs.query.rows(), heads.query_cols()),
-                                              unwritten(inputs.key.rows(), heads.key_cols()),
-                                              unwritten(inputs.key.rows(), heads.value_cols()), attention.parameters()};
-  result.parameters.for_each([](const auto&, auto& matrix) { matrix.setZero(); });
+  Gradients<T, typename A::Parameters> result{
+      unwritten(inputs.query.rows(), heads.out_cols()), unwritten(inputs.query.rows(), heads.query_cols()),
+      unwritten(inputs.key.rows(), heads.key_cols()), unwritten(inputs.key.rows(), heads.value_cols()),
+      zeros_like(attention.parameters())};
   typename A::Saved saved;
   Context context(threads);
   attention.forward(inputs, result.out, saved, context);

@@ -14,7 +14,10 @@ namespace detail {
 /// fetches would stall, so each step, of which a product takes many, fetches four lines: a row of 64 floats.
 class Lookahead {
  public:
-  void clear() { regions_ = current_ = 0, at_ = end_ = nullptr, rows_ = 0; }
+  void clear() {
+    regions_ = current_ = 0;
+    rows_ = 0;
+  }
 
   /// What steps fetch when all of this is fetched, nothing if null: rows that are needed later. It must stay where it
   /// is.
@@ -60,11 +63,11 @@ class Lookahead {
 
  private:
   NEARFAR_INLINE void fetch() {
-    NEARFAR_UNROLL for (Index l = 0; l < lines_a_step; ++l) prefetch_far(at_ + l * cache_line);
+    NEARFAR_UNROLL for (Index l = 0; l < lines_a_step; ++l) prefetch_far(data_, at_ + l * cache_line);
     at_ += lines_a_step * cache_line;
     if (at_ >= end_) {
       // Rows that begin within a line end within another.
-      prefetch_far(end_ - 1);
+      prefetch_far(data_, end_ - 1);
       at_ = row_ += stride_;
       end_ += stride_;
       if (--rows_ == 0 && current_ + 1 < regions_) open(current_ + 1);
@@ -82,8 +85,9 @@ class Lookahead {
   void open(int region) {
     current_ = region;
     const Region& r = region_[static_cast<std::size_t>(region)];
-    row_ = at_ = r.data;
-    end_ = r.data + r.bytes;
+    data_ = r.data;
+    row_ = at_ = 0;
+    end_ = r.bytes;
     stride_ = r.stride;
     rows_ = r.rows;
   }
@@ -92,9 +96,11 @@ class Lookahead {
   Lookahead* later_ = nullptr;
   int regions_ = 0;
   int current_ = 0;
-  const char* row_ = nullptr;
-  const char* at_ = nullptr;
-  const char* end_ = nullptr;
+  const char* data_ = nullptr;
+  // Bytes from there: where the row begins, what of it comes next, and where it ends.
+  Index row_ = 0;
+  Index at_ = 0;
+  Index end_ = 0;
   Index stride_ = 0;
   Index rows_ = 0;
 };

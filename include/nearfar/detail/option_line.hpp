@@ -1,6 +1,6 @@
 #pragma once
 
-#include <nearfar/detail/checks.hpp>
+#include <nearfar/detail/errors.hpp>
 
 #include <algorithm>
 #include <charconv>
@@ -30,7 +30,7 @@ namespace detail {
 //
 // Blanks around words are passed over.
 
-inline constexpr std::string_view line_reader = "AnyAttention";
+inline constexpr std::string_view any_attention_name = "AnyAttention";
 
 /// A line cut into its words, which stay where they are.
 struct OptionLine {
@@ -225,11 +225,11 @@ Options read_options(const OptionLine& line, std::span<const LineOption<Options>
   for (auto given = line.options.begin(); given != line.options.end(); ++given) {
     const auto has_name = [&](const auto& option) { return option.name == given->name; };
     const auto option = std::find_if(table.begin(), table.end(), has_name);
-    require(option != table.end(), line_reader, "unknown option \"", given->name, "\" of ", line.mechanism,
+    require(option != table.end(), any_attention_name, "unknown option \"", given->name, "\" of ", line.mechanism,
             "; known are ", table.empty() ? "none" : joined(names_of(table)), ".");
-    require(std::none_of(line.options.begin(), given, has_name), line_reader, "option ", given->name, " of ",
+    require(std::none_of(line.options.begin(), given, has_name), any_attention_name, "option ", given->name, " of ",
             line.mechanism, " is given twice.");
-    require(option->read(given->value, options), line_reader, "option ", given->name, " of ", line.mechanism,
+    require(option->read(given->value, options), any_attention_name, "option ", given->name, " of ", line.mechanism,
             " must be ", option->expected(), ", but ",
             given->value ? "is \"" + std::string(*given->value) + "\"" : "has no value", ".");
   }

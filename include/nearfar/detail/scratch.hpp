@@ -44,7 +44,7 @@ class Scratch {
   template <class T>
   T* take(Index count) {
     static_assert(std::is_trivially_copyable_v<T>);
-    return reinterpret_cast<T*>(take_bytes(round_up(static_cast<std::size_t>(count) * sizeof(T))));
+    return reinterpret_cast<T*>(take_bytes(padded(static_cast<std::size_t>(count) * sizeof(T))));
   }
 
   /// Holds at least `bytes` from now on. Only while nothing is taken.
@@ -95,15 +95,19 @@ class Scratch {
   }
 
   // One line of padding between neighbours, so that arrays of a power of two do not share their cache sets.
-  static std::size_t round_up(std::size_t bytes) { return (bytes + alignment - 1) / alignment * alignment + alignment; }
+  static std::size_t padded(std::size_t bytes) { return (bytes + alignment - 1) / alignment * alignment + alignment; }
 
-  NEARFAR_NO_INLINE void rewind(std::size_t block, std::size_t used) {
+  NEARFAR_NO_INLINE void rewind(std::size_t block, std::size_t used) noexcept {
     block_ = block;
     used_ = used;
     if (block == 0 && used == 0 && blocks_.size() > 1) {
       const std::size_t total = bytes();
       blocks_.clear();
-      blocks_.emplace_back(total);
+      // A scope ends here: what cannot be had now is asked for by the next call.
+      try {
+        blocks_.emplace_back(total);
+      } catch (const std::bad_alloc&) {
+      }
     }
   }
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstddef>
+#include <cstdint>
 #include <numeric>
 #include <utility>
 
@@ -15,6 +16,13 @@
 #else
 #define NEARFAR_INLINE [[gnu::always_inline]] inline
 #define NEARFAR_NO_INLINE [[gnu::noinline]]
+#endif
+
+// Whether the compiler shuffles vectors of its own (clang, and g++ from version 12 on).
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define NEARFAR_SHUFFLES
+#endif
 #endif
 
 // Loops over the registers of a tile must vanish at every optimisation level, or the tile lives in memory.
@@ -78,13 +86,14 @@ constexpr Index round_up(Index count, Index step) { return ceil_div(count, step)
 inline constexpr Index cache_line = 64;
 
 /// Asks for a cache line that will be read in a while, in the second-level cache: the first has few lines to wait with.
-NEARFAR_INLINE void prefetch_far(const void* address) {
+/// It lies `bytes` from the base, maybe beyond the end of what the base points into.
+NEARFAR_INLINE void prefetch_far(const void* base, Index bytes = 0) {
 #if defined(__GNUC__)
-  __builtin_prefetch(address, 0, 2);
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::intptr_t>(base) + bytes), 0, 2);
   // Without it g++ takes a function that does nothing else for one that does nothing, and leaves out its calls.
   __asm__ volatile("");
 #else
-  (void)address;
+  (void)base, (void)bytes;
 #endif
 }
 
@@ -160,7 +169,7 @@ NEARFAR_INLINE bool all_finite(const P& zeros) {
   return predux(zeros) == 0;
 }
 
-#if defined(__GNUC__)
+#if defined(NEARFAR_SHUFFLES)
 /// One step of sum_lanes: of the runs of `Run` lanes, taken `Group` at a time, a has its even ones and then b its even
 /// ones; to these are added their odd ones.
 template <int Run, int Group, class P, std::size_t... Lane>
@@ -205,7 +214,7 @@ template <int Count, class P>
 NEARFAR_INLINE P sum_lanes(P* packets) {
   constexpr int width = Eigen::internal::unpacket_traits<P>::size;
   static_assert(width % Count == 0);
-#if defined(__GNUC__)
+#if defined(NEARFAR_SHUFFLES)
   return fold_all<Count, 1, 1>(packets);
 #else
   Eigen::internal::PacketBlock<P, width> block;
@@ -225,7 +234,7 @@ NEARFAR_INLINE P sum_lanes(P* packets) {
 template <int Shift, class P, std::size_t... Lane>
 NEARFAR_INLINE P rotate(const P& a, std::index_sequence<Lane...>) {
   constexpr int width = sizeof...(Lane);
-#if defined(__GNUC__)
+#if defined(NEARFAR_SHUFFLES)
   typedef typename Eigen::internal::unpacket_traits<P>::type Lanes __attribute__((vector_size(sizeof(P))));
   const auto x = std::bit_cast<Lanes>(a);
   return std::bit_cast<P>(__builtin_shufflevector(x, x, (int{Lane} + Shift) % width...));

@@ -4,6 +4,7 @@
 #include <nearfar/detail/simd.hpp>
 
 #include <bit>
+#include <concepts>
 #include <cstdint>
 
 namespace nearfar {
@@ -48,7 +49,7 @@ struct Keep {
   }
 };
 
-/// And to a row that will not be, of a matrix too large for a cache.
+/// What takes them to a row, of a matrix too large for the caches, that will not be read soon.
 struct PastCaches {
   template <class P, class T>
   NEARFAR_INLINE void operator()(T* to, const P& numbers) const {
@@ -94,7 +95,7 @@ bool columns_past_caches(const Tokens<T>& rows, Index dim) {
   return Index{sizeof(Packet<T>)} == cache_line && past_caches(rows, dim);
 }
 
-/// Either of them, chosen at run time: the branch costs less than compiling what stores twice.
+/// Keep or PastCaches, chosen at run time: the branch costs less than compiling what stores twice.
 struct KeepOrPastCaches {
   bool past = false;
 
@@ -104,8 +105,8 @@ struct KeepOrPastCaches {
   }
 };
 
-/// Calls visit(store) with what stores past the caches or not.
-template <class Visit>
+/// Calls visit(store) with a store that goes past the caches or not, and lets what follows see what it stored.
+template <std::invocable<KeepOrPastCaches> Visit>
 void with_store(bool past, Visit&& visit) {
   visit(KeepOrPastCaches{past});
   if (past) order_stores();

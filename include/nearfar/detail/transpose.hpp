@@ -12,7 +12,7 @@ namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
 namespace detail {
 
-#if defined(__GNUC__)
+#if defined(NEARFAR_SHUFFLES)
 /// The lanes of a and b in runs of `Run`: what b has in its even runs changes places with what a has in its odd ones.
 template <int Run, class P, std::size_t... Lane>
 NEARFAR_INLINE void exchange_runs(P& a, P& b, std::index_sequence<Lane...>) {
@@ -49,7 +49,7 @@ NEARFAR_INLINE P join(const Half& low, const Half& high, std::index_sequence<Lan
 template <class P, class T>
 NEARFAR_INLINE void load_columns(const T* from, Index stride, P* columns) {
   constexpr int width = Eigen::internal::unpacket_traits<P>::size;
-#if defined(__GNUC__)
+#if defined(NEARFAR_SHUFFLES)
   // Eigen's way with packets of 64 bytes takes twice as many shuffles, of which there is one a cycle.
   if constexpr (sizeof(P) == 64) {
     using Half = typename Eigen::internal::unpacket_traits<P>::half;

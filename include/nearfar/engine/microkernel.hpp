@@ -20,9 +20,9 @@ struct Broadcast {
   Broadcast rows_from(Index r) const { return {data + r * row_stride, row_stride, depth_stride}; }
 };
 
-/// The register tile: `tile_rows` rows of `Vectors` vectors each, as many as the registers hold beside the vectors and
-/// the one broadcast number that an inner step reads. Vectors share a broadcast: the more of them, the fewer loads a
-/// multiply-add.
+/// The register tile: `tile_rows` rows of `Vectors` vectors each. Of three vectors as many as the registers hold beside
+/// the vectors and the one broadcast number that an inner step reads; of fewer, 16 sums at most, which hide what a
+/// multiply-add takes. Vectors share a broadcast: the more of them, the fewer loads a multiply-add.
 template <int Vectors>
 inline constexpr int tile_rows = (vector_registers >= 32 ? (Vectors < 3 ? 16 : 24) : vector_registers - 4) / Vectors;
 

@@ -42,9 +42,8 @@ Matrix<T> each_sequence(const Heads& heads, const Inputs<T>& inputs, Attend&& at
 template <class T>
 Head<T> take_head(const Heads& heads, const Inputs<T>& inputs, Index h) {
   const Index key_head = h / heads.group();
-  Head<T> head{h, inputs.query.middle_cols(h * heads.dim, heads.dim).matrix(),
-               inputs.key.middle_cols(key_head * heads.dim, heads.dim).matrix(),
-               inputs.value.middle_cols(key_head * heads.value_width(), heads.value_width()).matrix(),
+  Head<T> head{h, inputs.query.head(h, heads.dim).matrix(), inputs.key.head(key_head, heads.dim).matrix(),
+               inputs.value.head(key_head, heads.value_width()).matrix(),
                std::vector<bool>(static_cast<std::size_t>(inputs.key.rows()), true)};
   for (std::size_t j = 0; j < inputs.key_mask.size(); ++j) head.usable[j] = inputs.key_mask[j] != 0;
   return head;
