@@ -77,6 +77,7 @@ template <class T, class P, int Count>
 NEARFAR_INLINE void exp2(P (&x)[Count]) {
   using Traits = Exp2<T>;
   constexpr auto& c = Traits::polynomial;
+  constexpr int terms = static_cast<int>(c.size());
   const P magic = pset1<P>(Traits::round_to_integer);
   // At the smallest exponent r is 0 and the polynomial exactly 1, whose exponent bits the addition turns into zero.
   const P smallest = pset1<P>(Traits::smallest_exponent);
@@ -86,8 +87,8 @@ NEARFAR_INLINE void exp2(P (&x)[Count]) {
   NEARFAR_UNROLL for (int i = 0; i < Count; ++i) shifted[i] = padd(x[i], magic);
   NEARFAR_UNROLL for (int i = 0; i < Count; ++i) x[i] = psub(x[i], psub(shifted[i], magic));
   NEARFAR_UNROLL for (int i = 0; i < Count; ++i) power[i] = pset1<P>(c.back());
-  NEARFAR_UNROLL for (std::size_t k = 2; k <= c.size(); ++k) {
-    const P coefficient = pset1<P>(c[c.size() - k]);
+  NEARFAR_UNROLL for (int k = terms - 2; k >= 0; --k) {
+    const P coefficient = pset1<P>(c[static_cast<std::size_t>(k)]);
     NEARFAR_UNROLL for (int i = 0; i < Count; ++i) power[i] = pmadd(power[i], x[i], coefficient);
   }
   NEARFAR_UNROLL for (int i = 0; i < Count; ++i) power[i] = pmadd(power[i], x[i], pset1<P>(T(1)));

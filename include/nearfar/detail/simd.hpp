@@ -6,7 +6,6 @@
 #include <bit>
 #include <cstddef>
 #include <cstdint>
-#include <numeric>
 #include <utility>
 
 // Loops that take the time are compiled wherever they are called; what stands beside them, once.
@@ -18,7 +17,7 @@
 #define NEARFAR_NO_INLINE [[gnu::noinline]]
 #endif
 
-// Whether the compiler shuffles vectors of its own (clang, and g++ from version 12 on).
+// Whether the compiler shuffles its own vectors: clang does, and g++ from version 12 on.
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define NEARFAR_SHUFFLES
@@ -220,7 +219,9 @@ NEARFAR_INLINE P sum_lanes(P* packets) {
   Eigen::internal::PacketBlock<P, width> block;
   for (int i = 0; i < width; ++i) block.packet[i] = packets[i % Count];
   if constexpr (width > 1) ptranspose(block);
-  return std::accumulate(block.packet + 1, block.packet + width, block.packet[0], padd<P>);
+  P sum = block.packet[0];
+  for (int i = 1; i < width; ++i) sum = padd(sum, block.packet[i]);
+  return sum;
 #endif
 }
 
