@@ -357,10 +357,12 @@ TEST(AnyAttention, RefusesWhatAnotherMechanismSaved) {
     return "no error";
   };
   EXPECT_EQ(error_of_backward(saved_by_additive, additive.parameters()), "no error");
+  EXPECT_EQ(error_of_backward({}, additive.parameters()),
+            "nearfar::AnyAttention: saved must come from additive, but is empty.");
   EXPECT_EQ(error_of_backward(saved_by_linear, additive.parameters()),
-            "nearfar::AnyAttention: saved must come from additive, but comes from another mechanism.");
+            "nearfar::AnyAttention: saved must come from additive, but comes from linear.");
   EXPECT_EQ(error_of_backward(saved_by_additive, linear.parameters()),
-            "nearfar::AnyAttention: grad_parameters must come from additive, but comes from another mechanism.");
+            "nearfar::AnyAttention: grad_parameters must come from additive, but comes from linear.");
 }
 
 TEST(AnyAttention, RefusesItsOwnParametersAsTheirGradients) {
@@ -414,6 +416,34 @@ TEST(AnyAttention, StreamsAsTheMechanismDoes) {
                  out.middleRows(first, count));
     }
     EXPECT_TRUE(nearfar::test::close(out, whole, 1e-13)) << line;
+    EXPECT_EQ(state.tokens, 12) << line;
+    any.visit([&]<class M>(const M&) {
+      if constexpr (StreamingAttention<M>) {
+        EXPECT_EQ(std::get<nearfar::detail::StateOf<M>>(state.of).state.tokens, 12) << line;
+      }
+    });
+  }
+}
+
+TEST(AnyAttention, RewindsWhatItsMechanismCan) {
+  const auto sample = random_sample<double>(heads, 12, 6);
+  Matrix<double> out(12, heads.out_cols());
+  const AnyAttention<double> softmax(heads, "softmax:causal"), fmm(heads, "fmm:causal");
+  AnyAttention<double>::State state = softmax.start(), other = fmm.start();
+  softmax.extend(state, sample.inputs(), out);
+  const Matrix<double> row = out.row(7);
+  softmax.rewind(state, 7);
+  EXPECT_EQ(state.tokens, 7);
+  softmax.extend(state, {sample.query.middleRows(7, 1), sample.key.middleRows(7, 1), sample.value.middleRows(7, 1)},
+                 out.middleRows(0, 1));
+  EXPECT_TRUE(nearfar::test::close(out.topRows(1), row, 1e-13));
+  fmm.extend(other, sample.inputs(), out);
+  try {
+    fmm.rewind(other, 7);
+    FAIL() << "no error";
+  } catch (const std::invalid_argument& error) {
+    EXPECT_STREQ(error.what(),
+                 "nearfar::AnyAttention: fmm cannot be rewound, to 7 of 12 tokens: keep a copy of the state.");
   }
 }
 
@@ -433,7 +463,12 @@ TEST(AnyAttention, RefusesStreamsOfWhatCannotStreamOrOfAnotherMechanism) {
               auto state = additive.start();
               linear.extend(state, {}, {});
             }),
-            "nearfar::AnyAttention: state must come from linear, but comes from another mechanism.");
+            "nearfar::AnyAttention: state must come from linear, but comes from additive.");
+  AnyAttention<double>::State empty;
+  EXPECT_EQ(error_of_call([&] { linear.extend(empty, {}, {}); }),
+            "nearfar::AnyAttention: state must come from linear, but is empty.");
+  EXPECT_EQ(error_of_call([&] { nystrom.extend(empty, {}, {}); }),
+            "nearfar::AnyAttention: nystrom cannot be streamed.");
 }
 
 // A mechanism of the user's own, with one option.
@@ -588,7 +623,7 @@ TEST(AnyAttention, TrainsAndStreamsAMechanismWithoutAContext) {
   attention.extend(state, sample.inputs(), out);
   attention.extend(state, sample.inputs(), out);
   EXPECT_TRUE(same_bits(out, expected));
-  EXPECT_EQ(std::get<1>(state.of).state.tokens, 6);
+  EXPECT_EQ(std::get<2>(state.of).state.tokens, 6);
 }
 
 TEST(StreamingAttention, StartsWithRoomWhereItTakesSome) {

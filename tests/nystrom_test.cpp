@@ -288,6 +288,18 @@ TEST(Nystrom, HasTheGradientAlongSequencesWhoseLandmarksStayEqual) {
   for (const std::uint64_t seed : {23U, 24U, 25U}) expect_derivative(nystrom(heads, 6), twins(22), twins(seed));
 }
 
+TEST(Nystrom, HasItsGradientWherePivotsAreDropped) {
+  const Heads heads{2, 1, 6};
+  for (const double tolerance : {0.1, 0.3, 0.6}) {
+    const Nystrom<double> dropping(heads, {.landmarks = 6, .tolerance = tolerance});
+    const auto sample = random_sample<double>(heads, 24, 50);
+    EXPECT_FALSE(close(run_forward(dropping, sample), run_forward(nystrom(heads, 6), sample), 1e-6)) << tolerance;
+    for (const std::uint64_t seed : {51U, 52U}) {
+      expect_derivative(dropping, sample, random_sample<double>(heads, 24, seed));
+    }
+  }
+}
+
 TEST(Nystrom, HasTheGradientOfItsIterations) {
   const Heads heads{2, 1, 6};
   for (const Index iterations : {1, 2, 6}) {

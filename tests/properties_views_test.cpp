@@ -50,6 +50,29 @@ TEST_P(Views, QueryKeyAndValueMayBeTheSameView) {
   EXPECT_TRUE(same_bits(out, run_forward(*subject, Sample<double>{tokens, tokens, tokens})));
 }
 
+TEST_P(Views, ResultsInThePlaceOfWhatIsReadAreRefused) {
+  const Heads heads{.query = 2, .key_value = 2, .dim = 6};
+  const auto subject = make<float>(heads);
+  const Matrix<float> tokens = Random(830).matrix<float>(9, 12);
+  Matrix<float> query = tokens, key = tokens, value = tokens, out = tokens, grad_out = tokens;
+  Matrix<float> grad_query = tokens, grad_key = tokens, grad_value = tokens;
+  const Inputs<float> inputs{query, key, value};
+  Context context(1);
+  for (Matrix<float>* read : {&query, &key, &value}) {
+    EXPECT_THROW(subject->forward(inputs, *read, context), std::invalid_argument);
+    EXPECT_EQ(*read, tokens);
+  }
+  if (!subject->can_be_trained()) return;
+  for (Matrix<float>* read : {&query, &key, &value, &grad_out}) {
+    for (const InputGradients<float>& gradients :
+         {InputGradients<float>{*read, grad_key, grad_value}, InputGradients<float>{grad_query, *read, grad_value},
+          InputGradients<float>{grad_query, grad_key, *read}}) {
+      EXPECT_THROW(subject->train(inputs, out, grad_out, gradients, context), std::invalid_argument);
+      EXPECT_EQ(*read, tokens);
+    }
+  }
+}
+
 // As generic code of Eigen's takes matrices, and as it writes through const ones.
 template <class Q, class Out>
 void attend(const Subject<float>& subject, const Eigen::MatrixBase<Q>& tokens, const Eigen::MatrixBase<Out>& out) {

@@ -49,6 +49,35 @@ TEST(PseudoInverse, DropsWhatTheToleranceCallsZero) {
   EXPECT_TRUE(close(inverse_of(a, 3, 1e-7), expected, 1e-15));
 }
 
+TEST(PseudoInverse, HasTheGradientOfWhatItFindsAlsoWhereItDropsPivots) {
+  detail::Scratch scratch;
+  int dropping = 0;
+  for (const double tolerance : {0.0, 0.02, 0.1, 0.3, 0.99}) {
+    for (const Index size : {1, 3, 8, 17}) {
+      Random random(static_cast<std::uint64_t>(size));
+      const Matrix<double> a = random.matrix<double>(size, size).array().exp();
+      const Matrix<double> grad = random.matrix<double>(size, size), direction = random.matrix<double>(size, size);
+      Index rank = 0;
+      const auto invert = [&](Matrix<double> matrix) {
+        rank = detail::pseudo_invert(Tokens<double>(matrix), tolerance, scratch);
+        return matrix;
+      };
+      const auto difference = [&](double step) {
+        const Matrix<double> above = invert(a + step * direction), below = invert(a - step * direction);
+        return (above - below).cwiseProduct(grad).sum() / (2 * step);
+      };
+      const double expected = (4 * difference(1e-6) - difference(2e-6)) / 3;
+      const Matrix<double> inverse = invert(a);
+      if (rank < size) ++dropping;
+      const Matrix<double> actual =
+          detail::take_pseudo_inverse_gradient<double>(scratch, a, inverse, grad, tolerance).matrix();
+      EXPECT_NEAR(actual.cwiseProduct(direction).sum(), expected, 1e-6 * actual.norm() * direction.norm())
+          << size << " of rank " << rank << ", tolerance " << tolerance;
+    }
+  }
+  EXPECT_GE(dropping, 5);
+}
+
 TEST(PseudoInverse, PassesNaNOn) {
   auto matrix = Random(1).matrix<double>(4, 4);
   matrix(2, 1) = std::numeric_limits<double>::quiet_NaN();

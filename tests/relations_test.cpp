@@ -183,6 +183,26 @@ TEST(Relations, AKeyThatWeighsNothingAddsNothing) {
 }
 
 // A few queries go along the keys by themselves; more are taken in tiles.
+TEST(Relations, WeightsFoundAgainFromHugeScoresAreNoLargerThanOne) {
+  // So few queries, or a window where queries and keys differ in number, have their scores summed in another order
+  // forward than backward, and at such scores the last digit counts.
+  const Heads one{.query = 1, .key_value = 1, .dim = 24};
+  for (const auto& [left, queries] : {std::pair<Index, Index>{Window::unlimited, 5}, {9, 35}}) {
+    auto sample = random_sample<float>(one, queries, 5, 40);
+    sample.query *= 4e3f;
+    sample.key *= 4e3f;
+    const Banded<float> attention(one, {.window = {left, 3}});
+    for (Index i = 0; i < queries; ++i) {
+      // Of one query alone the gradients of the values are its weights.
+      Matrix<float> grad_out = Matrix<float>::Zero(queries, one.out_cols());
+      grad_out.row(i).setOnes();
+      const auto gradients = run_backward(attention, sample.inputs(), grad_out);
+      EXPECT_LE(gradients.value.maxCoeff(), 1) << i;
+      EXPECT_GE(gradients.value.minCoeff(), 0) << i;
+    }
+  }
+}
+
 TEST(Relations, FewQueriesHaveTheRowsThatTheyHaveAmongMany) {
   constexpr Index lanes = detail::lanes<float>, keys = 1100, many = 20;
   for (const auto& [dim, value_dim] : {std::pair{4 * lanes, 4 * lanes}, std::pair{8 * lanes, lanes},

@@ -180,6 +180,58 @@ TEST(Streams, AreNotExtendedByWhatHasNone) {
             "is 5.");
 }
 
+TEST(Streams, OfSoftmaxGoOnFromWhereTheyAreRewoundTo) {
+  const Softmax<float> attention(heads, {.causal = true});
+  const auto sample = random_sample<float>(heads, 300, 11);
+  Matrix<float> whole(300, heads.out_cols()), out = whole;
+  attention.forward(sample.inputs(), whole);
+  auto state = attention.start();
+  attention.extend(state, random_sample<float>(heads, 200, 12).inputs(), out.topRows(200));
+  attention.rewind(state, 0);
+  Index next = 0;
+  for (const auto& [count, back] : {std::pair<Index, Index>{250, 100}, {1, 0}, {99, 40}, {90, 90}, {140, 0}}) {
+    attention.extend(state,
+                     {sample.query.middleRows(next, count), sample.key.middleRows(next, count),
+                      sample.value.middleRows(next, count)},
+                     out.middleRows(next, count));
+    next += count - back;
+    attention.rewind(state, next);
+    EXPECT_EQ(state.tokens, next);
+  }
+  EXPECT_EQ(next, 300);
+  EXPECT_TRUE(close(out, whole, 2e-6));
+}
+
+TEST(Streams, OfAWindowAreRewoundAsFarAsTheyHoldKeys) {
+  const Banded<float> attention(heads, {.window = {5, 0}});
+  const auto sample = random_sample<float>(heads, 60, 13);
+  Matrix<float> whole(60, heads.out_cols()), out = whole;
+  attention.forward(sample.inputs(), whole);
+  auto state = attention.start();
+  Index rewound = 0;
+  for (Index i = 0; i < 60; ++i) {
+    const auto extend = [&](const Sample<float>& from, Index at) {
+      attention.extend(state, {from.query.middleRows(at, 1), from.key.middleRows(at, 1), from.value.middleRows(at, 1)},
+                       out.middleRows(i, 1));
+    };
+    extend(sample, 59 - i);
+    const Index held = state.tokens - state.count;
+    if (held <= std::max<Index>(i - 5, 0)) {
+      attention.rewind(state, i);
+      extend(sample, i);
+      ++rewound;
+    } else {
+      EXPECT_EQ(error_of([&] { attention.rewind(state, i); }),
+                "nearfar::Banded: rewound to " + std::to_string(i) + " tokens a stream needs its keys from " +
+                    std::to_string(i - 5) + " on, but holds them from " + std::to_string(held) +
+                    " on: keep a copy of the state.");
+      return;
+    }
+    EXPECT_TRUE(close(out.row(i), whole.row(i), 2e-6)) << i;
+  }
+  EXPECT_EQ(rewound, 60);
+}
+
 TEST(Streams, RefuseBadArgumentsInPlainSentences) {
   const Softmax<float> softmax(heads, {.causal = true});
   const Fmm<float> fmm(heads, {.causal = true});
@@ -205,6 +257,25 @@ TEST(Streams, RefuseBadArgumentsInPlainSentences) {
   EXPECT_TRUE(error_of([&] {
                 additive.extend(no_pools, sample.inputs(), out);
               }).starts_with("nearfar::Additive: this state holds 0 numbers, but its heads need "));
+  // As many numbers, of other heads.
+  const Heads wide{.query = 2, .key_value = 2, .dim = 4}, many{.query = 4, .key_value = 2, .dim = 4};
+  const auto of_many = random_sample<float>(many, 3, 14);
+  Matrix<float> out_of_many(3, many.out_cols());
+  auto of_wide = Linear<float>(wide, {.causal = true}).start();
+  EXPECT_EQ(
+      error_of([&] { Linear<float>(many, {.causal = true}).extend(of_wide, of_many.inputs(), out_of_many); }),
+      "nearfar::Linear: this state is of 2 query and 2 key/value heads of 4 and 4 features, but these are 4 and 2 "
+      "of 4 and 4: take it from start().");
+  auto of_narrow = Additive<float>({.query = 8, .key_value = 2, .dim = 2}, {.causal = true}).start();
+  const Additive<float> additive_of_many(many, {.causal = true});
+  EXPECT_TRUE(error_of([&] {
+                additive_of_many.extend(of_narrow, of_many.inputs(), out_of_many);
+              }).starts_with("nearfar::Additive: this state "));
+  EXPECT_EQ(error_of([&] {
+              auto rewound = softmax.start();
+              softmax.rewind(rewound, 1);
+            }),
+            "nearfar::Softmax: a stream of 0 tokens cannot be rewound to 1.");
   const Multipole<float> multipole(heads, {.block = 4, .rank = 2, .causal = true});
   auto of_other_rank = Multipole<float>(heads, {.block = 4, .rank = 1, .causal = true}).start();
   of_other_rank.tokens = 10;

@@ -89,9 +89,11 @@ class Additive {
   /// O(n heads) numbers, and causal O(n D / 64).
   using Saved = detail::AdditiveSaved<T>;
 
-  /// Both prefix poolings of a stream, O(D) numbers however many tokens it has seen.
+  /// What a stream remembers: both prefix poolings, O(D) numbers.
   struct State {
     std::vector<T> pools;
+    Heads heads;
+    Index tokens = 0;  ///< seen so far
   };
 
   /// Starts from w_q = w_k = 0 (every token weighs the same), zero biases, and w_t the identity.
@@ -166,7 +168,7 @@ class Additive {
   State start() const {
     detail::check_streams(name, options_.causal);
     const detail::PoolingShape shape{heads_.query, heads_.dim};
-    State state{std::vector<T>(state_size())};
+    State state{std::vector<T>(state_size()), heads_};
     for (T* pool : {state.pools.data(), state.pools.data() + state_size() / 2})
       detail::SoftmaxPool<T>::at(pool, shape).start(shape);
     return state;
@@ -178,7 +180,9 @@ class Additive {
     detail::check_stream_inputs<T>(name, heads_, inputs, out);
     detail::require(state.pools.size() == state_size(), name, "this state holds ", state.pools.size(),
                     " numbers, but its heads need ", state_size(), ": take it from start().");
+    detail::check_state_heads(name, state.heads, heads_);
     run(inputs, out, nullptr, &state, context);
+    state.tokens += inputs.query.rows();
   }
 
  private:

@@ -70,7 +70,7 @@ class AnyAttentionOf {
 
   /// What backward needs of the mechanism that ran forward.
   struct Saved {
-    std::variant<detail::SavedOf<Mechanisms>...> of;
+    std::variant<std::monostate, detail::SavedOf<Mechanisms>...> of;
   };
 
   /// The parameters of the mechanism that is held, where they stand in it. A copy stands by itself: to keep, or to add
@@ -95,7 +95,8 @@ class AnyAttentionOf {
 
   /// What a stream of the mechanism that started it remembers.
   struct State {
-    std::variant<detail::StateOf<Mechanisms>...> of;
+    std::variant<std::monostate, detail::StateOf<Mechanisms>...> of;
+    Index tokens = 0;  ///< seen so far
   };
 
   /// Throws std::invalid_argument if the line names a mechanism or an option that is not known, an option twice, or a
@@ -153,7 +154,9 @@ class AnyAttentionOf {
                 Context& context = default_context()) const requires differentiable {
     visit([&]<class M>(const M& mechanism) {
       const auto& held = part<detail::SavedOf<M>>(saved.of, "saved");
-      auto&& gradients = part<M>(grad_parameters.mechanism_, "grad_parameters").parameters();
+      require_own(std::holds_alternative<M>(grad_parameters.mechanism_), "grad_parameters",
+                  grad_parameters.mechanism_.index());
+      auto&& gradients = std::get<M>(grad_parameters.mechanism_).parameters();
       nearfar::backward(mechanism, inputs, out, held.saved, grad_out, grad_inputs, gradients, context);
     });
   }
@@ -163,7 +166,7 @@ class AnyAttentionOf {
   State start(Index room = 0) const requires streaming {
     detail::require(room >= 0, detail::any_attention_name, "room must be 0 or more, but is ", room, ".");
     return visit([&]<class M>(const M& mechanism) -> State {
-      detail::require(StreamingAttention<M>, detail::any_attention_name, name(), " cannot be streamed.");
+      require_streaming<M>();
       if constexpr (StreamingAttention<M>) return {detail::StateOf<M>{nearfar::start(mechanism, room)}};
       return {};
     });
@@ -173,9 +176,27 @@ class AnyAttentionOf {
   void extend(State& state, const Inputs<Scalar>& inputs, Tokens<Scalar> out,
               Context& context = default_context()) const requires streaming {
     visit([&]<class M>(const M& mechanism) {
+      require_streaming<M>();
       auto& held = part<detail::StateOf<M>>(state.of, "state");
       if constexpr (StreamingAttention<M>) nearfar::extend(mechanism, held.state, inputs, out, context);
     });
+    state.tokens += inputs.query.rows();
+  }
+
+  /// Takes a stream back to where it had seen `tokens` tokens, as WindowMechanism's does. Throws std::invalid_argument
+  /// if the mechanism that is held cannot do that: then keep a copy of the state.
+  void rewind(State& state, Index tokens) const requires streaming {
+    visit([&]<class M>(const M& mechanism) {
+      require_streaming<M>();
+      auto& held = part<detail::StateOf<M>>(state.of, "state");
+      if constexpr (requires { mechanism.rewind(held.state, tokens); }) {
+        mechanism.rewind(held.state, tokens);
+      } else {
+        detail::refuse(detail::any_attention_name, {name(), " cannot be rewound, to ", tokens, " of ", state.tokens,
+                                                    " tokens: keep a copy of the state."});
+      }
+    });
+    state.tokens = tokens;
   }
 
  private:
@@ -183,13 +204,24 @@ class AnyAttentionOf {
     line_ = visit([&](const auto& mechanism) { return print(mechanism.options(), detail::names_of(line.options)); });
   }
 
-  /// What a Saved, Parameters or State keeps of the mechanism that is held.
+  template <class M>
+  void require_streaming() const {
+    detail::require(StreamingAttention<M>, detail::any_attention_name, name(), " cannot be streamed.");
+  }
+
+  /// That `argument` is of the mechanism that is held; it is of mechanism number `index`, if that is one.
+  void require_own(bool own, std::string_view argument, std::size_t index) const {
+    constexpr std::array names{LineFormat<typename Mechanisms::Options>::name...};
+    const bool filled = index < names.size();
+    detail::require(own, detail::any_attention_name, argument, " must come from ", name(),
+                    filled ? ", but comes from " : ", but is empty", filled ? names[index] : "", ".");
+  }
+
+  /// What a Saved or State keeps of the mechanism that is held.
   template <class Of, class Kept>
   auto& part(Kept& kept, std::string_view argument) const {
-    auto* const part = std::get_if<Of>(&kept);
-    detail::require(part != nullptr, detail::any_attention_name, argument, " must come from ", name(),
-                    ", but comes from another mechanism.");
-    return *part;
+    require_own(std::holds_alternative<Of>(kept), argument, kept.index() - 1);
+    return std::get<Of>(kept);
   }
 
   template <class Options>

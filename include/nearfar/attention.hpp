@@ -49,7 +49,7 @@ struct List : std::span<const Element> {
     static_assert(
         detail::never<Other>,
         "nearfar: a key_mask is a std::vector, array or span of std::uint8_t (not of bool), and offsets are one "
-        "of nearfar::Index: this is neither.");
+        "of nearfar::Index (std::ptrdiff_t): this is neither.");
   }
 };
 
@@ -88,8 +88,8 @@ struct InputGradients {
 /// The parameters of a mechanism that has nothing to learn.
 ///
 /// Every mechanism's Parameters is a plain struct of matrices whose `for_each(visit)` calls visit(name, matrix) for
-/// each of them in a fixed order, const or not: that is how an optimiser steps them, a checkpoint writes them, and a
-/// gradient is set to zero.
+/// each of them in a fixed order, const or not, by names that are or become a std::string: that is how an optimiser
+/// steps them, a checkpoint writes them, and a gradient is set to zero.
 struct NoParameters {
   template <class Visit>
   void for_each(Visit&&) const {}

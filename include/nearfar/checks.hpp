@@ -5,10 +5,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
 #include <limits>
 #include <optional>
 #include <span>
 #include <string_view>
+#include <utility>
 
 namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
@@ -77,6 +79,16 @@ inline void check_offsets(std::string_view mechanism, std::string_view name, std
           ", but ends with ", offsets.back(), ".");
 }
 
+/// A result beside what it is made from. (That they do not overlap in any other way is the caller's to see to.)
+template <class Scalar>
+void check_distinct(std::string_view mechanism, std::string_view name, Tokens<const Scalar> result,
+                    std::initializer_list<std::pair<std::string_view, Tokens<const Scalar>>> inputs) {
+  for (const auto& [of, input] : inputs) {
+    require(result.rows() == 0 || result.data() != input.data(), mechanism, name,
+            " must be a matrix of its own, but begins where ", of, " does, which is read while it is written.");
+  }
+}
+
 /// Whether queries and keys are the same tokens, or may differ in number.
 enum class Lengths { equal, any };
 
@@ -90,6 +102,8 @@ void check_inputs(std::string_view mechanism, const Heads& heads, const Inputs<S
   check_shape(mechanism, "key", inputs.key, keys, heads.key_cols(), "key", "its heads");
   check_shape(mechanism, "value", inputs.value, keys, heads.value_cols(), "key", "its heads");
   check_shape(mechanism, "out", out, queries, heads.out_cols(), "query", "its heads");
+  check_distinct<Scalar>(mechanism, "out", out,
+                         {{"query", inputs.query}, {"key", inputs.key}, {"value", inputs.value}});
   require(inputs.key_mask.empty() || static_cast<Index>(inputs.key_mask.size()) == keys, mechanism, "key_mask has ",
           inputs.key_mask.size(), " bytes, but key has ", keys, " rows.");
   require(!inputs.query_offsets.empty() || inputs.key_offsets.empty(), mechanism, "key_offsets are given, ",
@@ -121,6 +135,15 @@ inline void check_streams(std::string_view mechanism, bool causal) {
   require(causal, mechanism, "a stream needs causal attention, but causal is false.");
 }
 
+/// A state of the heads that read it: numbers alone do not say how they are divided.
+inline void check_state_heads(std::string_view mechanism, const Heads& of_state, const Heads& heads) {
+  require(of_state.query == heads.query && of_state.key_value == heads.key_value && of_state.dim == heads.dim &&
+              of_state.value_width() == heads.value_width(),
+          mechanism, "this state is of ", of_state.query, " query and ", of_state.key_value, " key/value heads of ",
+          of_state.dim, " and ", of_state.value_width(), " features, but these are ", heads.query, " and ",
+          heads.key_value, " of ", heads.dim, " and ", heads.value_width(), ": take it from start().");
+}
+
 /// Tokens to append to a stream.
 template <class Scalar>
 void check_stream_inputs(std::string_view mechanism, const Heads& heads, const Inputs<Scalar>& inputs,
@@ -138,6 +161,14 @@ void check_gradients(std::string_view mechanism, const Heads& heads, const Input
   check_shape(mechanism, "grad_query", gradients.query, inputs.query.rows(), heads.query_cols(), "query", "its heads");
   check_shape(mechanism, "grad_key", gradients.key, inputs.key.rows(), heads.key_cols(), "key", "its heads");
   check_shape(mechanism, "grad_value", gradients.value, inputs.key.rows(), heads.value_cols(), "key", "its heads");
+  const auto check_own = [&](std::string_view name, Tokens<const Scalar> gradient) {
+    check_distinct<Scalar>(
+        mechanism, name, gradient,
+        {{"query", inputs.query}, {"key", inputs.key}, {"value", inputs.value}, {"grad_out", grad_out}});
+  };
+  check_own("grad_query", gradients.query);
+  check_own("grad_key", gradients.key);
+  check_own("grad_value", gradients.value);
 }
 
 /// A parameter, or its gradient, of the shape that it needs; its name may be in parts.

@@ -194,10 +194,11 @@ class AnyFeatureMap {
       : model_(std::make_shared<const Model<Map>>(std::move(map))) {}
 
   template <class Map>
-  requires(!FeatureMap<Map> && requires(const Map& map, float x) { map.value(x); }) AnyFeatureMap(const Map&) {
+  requires(!FeatureMap<Map> && (requires(const Map& map, float x) { map.value(x); } || std::invocable<Map, float> ||
+                                std::convertible_to<Map, std::string_view>)) AnyFeatureMap(const Map&) {
     static_assert(detail::never<Map>,
                   "nearfar: a feature map needs value(x) and derivative(x) const, for float and double, and a static "
-                  "name.");
+                  "name: it is no function, and one of a name is feature_map_from_name(name).");
   }
 
   std::string_view name() const { return model_->name(); }

@@ -58,8 +58,11 @@ struct FmmParameters {
 
  private:
   static void each(auto& p, auto& visit) {
-    visit(std::string("w_near"), p.near);
-    for (std::size_t r = 0; r < p.far.size(); ++r) visit("w_far_" + std::to_string(r), p.far[r]);
+    visit("w_near", p.near);
+    for (std::size_t r = 0; r < p.far.size(); ++r) {
+      const std::string name = "w_far_" + std::to_string(r);
+      visit(name, p.far[r]);
+    }
   }
 };
 
@@ -96,6 +99,7 @@ class Fmm {
   struct State {
     detail::KeyValueCache<T> near;
     typename detail::KernelSum<T>::State far;
+    Index tokens = 0;  ///< seen so far
   };
 
   explicit Fmm(const Heads& heads, const Options& options = {}) : heads_(heads), options_(options) {
@@ -193,6 +197,7 @@ class Fmm {
     detail::extend_window(state.near, inputs, out,
                           [&](const Inputs<T>& seen, Tokens<T> rows) { attend_near(work, gates, seen, rows); });
     far().forward({.inputs = inputs, .out = out, .weights = gates.far, .add = true, .state = &state.far}, work);
+    state.tokens += inputs.query.rows();
   }
 
  private:

@@ -81,7 +81,9 @@ class Linear {
   };
 
   /// What a stream remembers: the sums of each head and map, and whether any key was visible yet.
-  using State = typename detail::KernelSum<T>::State;
+  struct State : detail::KernelSum<T>::State {
+    Index tokens = 0;  ///< seen so far
+  };
 
   explicit Linear(const Heads& heads, const Options& options = {}) : heads_(heads), options_(options) {
     detail::check_heads(name, heads);
@@ -121,7 +123,7 @@ class Linear {
   /// for the tokens that are done with every token that comes.
   State start() const {
     detail::check_linear_stream(name, options_.causal, options_.normalizer);
-    return sum().start();
+    return {sum().start()};
   }
 
   /// Appends tokens, with as many queries as keys, to a stream and writes their rows of out. O(1) memory in the tokens
@@ -132,6 +134,7 @@ class Linear {
     sum().check_state(name, state);
     detail::Work work(context);
     sum().forward({.inputs = inputs, .out = out, .state = &state}, work);
+    state.tokens += inputs.query.rows();
   }
 
  private:

@@ -56,11 +56,14 @@ struct MultipoleParameters {
  private:
   static void each(auto& p, auto& visit) {
     for (std::size_t l = 0; l < p.key.size(); ++l) {
-      const std::string level = std::to_string(l + 1);
-      visit("conv_k_w_" + level, p.key[l].weight);
-      visit("conv_k_b_" + level, p.key[l].bias);
-      visit("conv_v_w_" + level, p.value[l].weight);
-      visit("conv_v_b_" + level, p.value[l].bias);
+      const auto visit_level = [&](const char* of, auto& matrix) {
+        const std::string name = of + std::to_string(l + 1);
+        visit(name, matrix);
+      };
+      visit_level("conv_k_w_", p.key[l].weight);
+      visit_level("conv_k_b_", p.key[l].bias);
+      visit_level("conv_v_w_", p.value[l].weight);
+      visit_level("conv_v_b_", p.value[l].bias);
     }
   }
 };

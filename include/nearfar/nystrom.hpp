@@ -44,8 +44,8 @@ struct NystromOptions {
 /// Saved: and the same mask) allocates nothing. Masked tokens enter no mean and no softmax over keys, but have a row of
 /// out as queries; a segment without any other token has no landmark. So a sequence of fewer tokens than `landmarks`
 /// has one landmark a token, which makes the result exact attention. Where all keys are masked out is zero, and the
-/// log-sum-exp -infinity. Where pivots were dropped, the gradient is that at constant rank. Source: Xiong et al.,
-/// Nystromformer, arXiv 2102.03902, algorithm 1.
+/// log-sum-exp -infinity. Where pivots were dropped, the gradient is that of the kernel without them.
+/// Source: Xiong et al., Nystromformer, arXiv 2102.03902, algorithm 1.
 template <class T>
 class Nystrom {
  public:
@@ -254,7 +254,7 @@ class Nystrom {
     const Small grad_p = product(rows_of(grad_w), transpose_small(scratch, out));
     const Small grad_a = options_.iterations
                              ? detail::take_iterated_inverse_gradient(scratch, a, *options_.iterations, grad_p)
-                             : detail::take_pseudo_inverse_gradient(scratch, a, p, grad_p);
+                             : detail::take_pseudo_inverse_gradient<double>(scratch, a, p, grad_p, tolerance(count));
 
     // Through the softmax of each row.
     for (Index i = 0; i < count; ++i) {

@@ -58,6 +58,14 @@ struct Shift {
   bool sees() const { return nearest != infinity<T>; }
 };
 
+/// The weights 2^(score - L) to be, from the scores and a Shift of their queries: at most 1, also where a score of many
+/// digits is rounded otherwise than it was when L was found.
+template <class P>
+NEARFAR_INLINE P weight_exponent(const P& score, const P& nearest, const P& rest) {
+  using T = typename Eigen::internal::unpacket_traits<P>::type;
+  return pmin(P(psub(psub(score, nearest), rest)), pset1<P>(T(0)));
+}
+
 /// What two parts weigh in the merged result, and its log-sum-exp.
 struct MergeWeights {
   double a;

@@ -87,6 +87,9 @@ class Tokens {
                     "nearfar: tokens are row-major, one row a token: this matrix is column-major.");
     } else if constexpr (!std::is_same_v<typename Source::Scalar, std::remove_const_t<Scalar>>) {
       static_assert(detail::never<Dense>, "nearfar: the matrix and the attention have different scalar types.");
+    } else if constexpr (!std::is_const_v<Scalar> && !std::is_lvalue_reference_v<Dense> &&
+                         std::is_base_of_v<Eigen::PlainObjectBase<Source>, Source>) {
+      static_assert(detail::never<Dense>, "nearfar: the result would be written into a matrix that is gone: name it.");
     } else if constexpr (!std::is_convertible_v<decltype(matrix.data()), Scalar*>) {
       static_assert(detail::never<Dense>, "nearfar: the result cannot be written into a const matrix.");
     } else {

@@ -1,4 +1,5 @@
-// nearfar: a feature map needs value(x) and derivative(x) const, for float and double, and a static name.
+// nearfar: a feature map needs value(x) and derivative(x) const, for float and double, and a static name: it is no
+// function, and one of a name is feature_map_from_name(name).
 #include <nearfar/linear.hpp>
 
 struct Square {

@@ -1,5 +1,5 @@
 // nearfar: a key_mask is a std::vector, array or span of std::uint8_t (not of bool), and offsets are one of
-// nearfar::Index: this is neither.
+// nearfar::Index (std::ptrdiff_t): this is neither.
 #include <nearfar/attention.hpp>
 
 #include <vector>

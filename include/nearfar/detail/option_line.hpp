@@ -104,8 +104,8 @@ struct ValueText<bool> {
   static std::string expected() { return "on or off"; }
 
   static std::optional<bool> read(std::string_view text) {
-    if (text == "on") return true;
-    if (text == "off") return false;
+    if (text == "on" || text == "true") return true;
+    if (text == "off" || text == "false") return false;
     return std::nullopt;
   }
 

@@ -71,7 +71,7 @@ bool usable(const Head<T>& head, Index key) {
 template <class T>
 bool visible(const Head<T>& head, Window window, Index query, Index key) {
   const Index position = query + head.key.rows() - head.query.rows();
-  const bool in_window = key >= position - window.left && key <= position + window.right;
+  const bool in_window = key - position >= -window.left && key - position <= window.right;
   return in_window && usable(head, key);
 }
 

@@ -45,14 +45,16 @@ class KernelSum {
   /// What a stream remembers: the sums of each head and map, then their excess, and whether any key was visible yet.
   struct State {
     std::vector<T> sums;
+    Heads heads;
     bool has_keys = false;
   };
 
-  State start() const { return {std::vector<T>(state_count(), T(0)), false}; }
+  State start() const { return {std::vector<T>(state_count(), T(0)), heads}; }
 
   void check_state(std::string_view mechanism, const State& state) const {
     require(state.sums.size() == state_count(), mechanism, "this state holds ", state.sums.size(),
             " sums, but its heads and maps need ", state_count(), ": take it from start().");
+    check_state_heads(mechanism, state.heads, heads);
   }
 
   struct Forward {

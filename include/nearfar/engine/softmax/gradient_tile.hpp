@@ -191,7 +191,7 @@ class GradientTile {
       T* scores = weight_ + j * width + vector * lanes<T>;
       Packet<T> weight[rows];
       NEARFAR_UNROLL for (int i = 0; i < rows; ++i) {
-        weight[i] = psub(psub(ploadu<Packet<T>>(scores + i * width), shift), rest);
+        weight[i] = weight_exponent(ploadu<Packet<T>>(scores + i * width), shift, rest);
       }
       exp2<T>(weight);
       NEARFAR_UNROLL for (int i = 0; i < rows; ++i) pstoreu(scores + i * width, weight[i]);

@@ -232,7 +232,7 @@ class NarrowWindowBackward {
       NEARFAR_UNROLL for (Index v = 0; v < product_packets<T>; ++v) {
         const Packet<T> hidden = padd(ploadu<Packet<T>>(hidden_pairs + v * lanes<T>),
                                       ploadu<Packet<T>>(pairs.hidden_keys + first * queries_at_once + v * lanes<T>));
-        const Packet<T> shown = psub(psub(pmul(score[v], scale), shift), rest);
+        const Packet<T> shown = weight_exponent(Packet<T>(pmul(score[v], scale)), shift, rest);
         const Packet<T> p = exp2<T>(select_less(hidden, pset1<Packet<T>>(T(0)), hidden, shown));
         pstoreu(pairs.p + at + v * lanes<T>, p);
         pstoreu(pairs.ds + at + v * lanes<T>, pmul(p, psub(grad_p[v], delta)));

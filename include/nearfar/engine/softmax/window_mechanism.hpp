@@ -5,6 +5,7 @@
 #include <nearfar/engine/softmax/window_attention.hpp>
 #include <nearfar/engine/softmax/window_backward.hpp>
 
+#include <algorithm>
 #include <string_view>
 
 namespace nearfar {
@@ -26,7 +27,9 @@ class WindowMechanism {
 
   /// What a stream remembers: keys, values and mask of the tokens that later queries see, which are all tokens, or the
   /// last window.left, in room for up to three times as many.
-  using State = KeyValueCache<T>;
+  struct State : KeyValueCache<T> {
+    Index tokens = 0;  ///< seen so far
+  };
 
   const Heads& heads() const { return heads_; }
   const Options& options() const { return options_; }
@@ -62,7 +65,7 @@ class WindowMechanism {
   /// tokens within it allocates nothing. Otherwise it grows by doubling.
   State start(Index room = 0) const {
     check_streams();
-    return start_window<T>(name_, heads_, tokens_back(window_), room);
+    return {start_window<T>(name_, heads_, tokens_back(window_), room)};
   }
 
   /// Appends tokens, with as many queries as keys, to a stream and writes their rows of out. Costs what forward costs
@@ -73,6 +76,21 @@ class WindowMechanism {
     check_cache(name_, heads_, tokens_back(window_), state);
     extend_window(state, inputs, out,
                   [&](const Inputs<T>& seen, Tokens<T> rows) { attend(seen, rows, nullptr, context); });
+    state.tokens += inputs.query.rows();
+  }
+
+  /// Takes a stream back to where it had seen `tokens` tokens, in no time: the next that come take the place of those
+  /// after. Softmax can always; of a window the keys that are needed may be gone, and std::invalid_argument is thrown.
+  void rewind(State& state, Index tokens) const {
+    check_cache(name_, heads_, tokens_back(window_), state);
+    require(0 <= tokens && tokens <= state.tokens, name_, "a stream of ", state.tokens, " tokens cannot be rewound to ",
+            tokens, ".");
+    const Index held = state.tokens - state.count;
+    const Index needed = std::max<Index>(tokens - state.back, 0);
+    require(held <= needed || needed == tokens, name_, "rewound to ", tokens, " tokens a stream needs its keys from ",
+            needed, " on, but holds them from ", held, " on: keep a copy of the state.");
+    state.count = std::max<Index>(tokens - held, 0);
+    state.tokens = tokens;
   }
 
  protected:
