@@ -189,7 +189,7 @@ TEST(Streams, OfSoftmaxGoOnFromWhereTheyAreRewoundTo) {
   attention.extend(state, random_sample<float>(heads, 200, 12).inputs(), out.topRows(200));
   attention.rewind(state, 0);
   Index next = 0;
-  for (const auto& [count, back] : {std::pair<Index, Index>{250, 100}, {1, 0}, {99, 40}, {90, 90}, {140, 0}}) {
+  for (const auto& [count, back] : {std::pair<Index, Index>{250, 100}, {1, 0}, {99, 40}, {90, 90}, {90, 0}}) {
     attention.extend(state,
                      {sample.query.middleRows(next, count), sample.key.middleRows(next, count),
                       sample.value.middleRows(next, count)},
