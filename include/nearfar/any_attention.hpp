@@ -183,8 +183,8 @@ class AnyAttentionOf {
     state.tokens += inputs.query.rows();
   }
 
-  /// Takes a stream back to where it had seen `tokens` tokens, as WindowMechanism's does. Throws std::invalid_argument
-  /// if the mechanism that is held cannot do that: then keep a copy of the state.
+  /// Takes a stream of Softmax or Banded back to where it had seen `tokens` tokens, as they do. Throws
+  /// std::invalid_argument if the mechanism that is held cannot do that: then keep a copy of the state.
   void rewind(State& state, Index tokens) const requires streaming {
     visit([&]<class M>(const M& mechanism) {
       require_streaming<M>();

@@ -60,7 +60,8 @@ struct Pivots {
   void exchange(Tokens<T> a, Index k, bool transposed = false) const {
     const Index i = (transposed ? col : row)[k], c = (transposed ? row : col)[k];
     if (i != k) std::swap_ranges(a.row(i), a.row(i) + a.cols(), a.row(k));
-    for (Index r = 0; r < a.rows() && c != k; ++r) std::swap(a(r, c), a(r, k));
+    if (c == k) return;
+    for (Index r = 0; r < a.rows(); ++r) std::swap(a(r, c), a(r, k));
   }
 };
 

@@ -223,11 +223,11 @@ class FewQueries {
           return triple(triples + s * triples_size() + (i * heads_.query + h) * triple_size());
         };
         Scalar* const row = out.row(rows.query_begin + i) + h * width;
-        double unused;
-        double& saved = log_sum_exp == nullptr ? unused : log_sum_exp[h * inputs_.query.rows() + rows.query_begin + i];
+        double* const saved =
+            log_sum_exp == nullptr ? nullptr : log_sum_exp + h * inputs_.query.rows() + rows.query_begin + i;
         if (segments == 0) {
           std::fill_n(row, width, Scalar(0));
-          saved = -infinity<double>;
+          if (saved != nullptr) *saved = -infinity<double>;
           continue;
         }
         const Triple all = of_segment(0);
@@ -239,7 +239,7 @@ class FewQueries {
           const T factor = factors_.rows() == 0 ? T(1) : factors_(h, c);
           row[c] = all.sum == T(0) ? Scalar(0) : Scalar(factor * (all.value[c] / all.sum));
         }
-        saved = natural_log_sum_exp(all.max, all.sum);
+        if (saved != nullptr) *saved = natural_log_sum_exp(all.max, all.sum);
       }
     }
   }
