@@ -121,23 +121,29 @@ NEARFAR_INLINE P load_once(const T* from) {
   return packet;
 }
 
-/// What a loop body works on: vectors, or numbers one by one. The packet functions take either.
-struct ByVectors {
+/// What a loop body works on: vectors of `Width` numbers, or numbers one by one. The packet functions take either.
+template <int Width>
+struct By {
   template <class T>
-  using Of = Packet<T>;
+  using Of = typename Eigen::internal::find_best_packet<T, Width>::type;
 };
-struct ByNumbers {
+template <>
+struct By<1> {
   template <class T>
   using Of = T;
 };
 
-/// Calls body(by, c) for the numbers 0 .. count - 1 of a row, a vector of them at a time and what is left one by one:
-/// `typename decltype(by)::template Of<T>` is Packet<T>, then T.
-template <class T, class Body>
-NEARFAR_INLINE void for_each_packet(Index count, Body&& body) {
-  Index c = 0;
-  for (; c + lanes<T> <= count; c += lanes<T>) body(ByVectors{}, c);
-  for (; c < count; ++c) body(ByNumbers{}, c);
+/// The width of the next narrower vector of T on the machine compiled for; 1 if there is none.
+template <class T, int Width>
+inline constexpr int narrower =
+    Eigen::internal::unpacket_traits<typename By<Width / 2>::template Of<T>>::size == Width / 2 ? Width / 2 : 1;
+
+/// Calls body(by, c) for the numbers c .. count - 1 of a row, a packet of them at a time, which is
+/// `typename decltype(by)::template Of<T>`: the widest vectors, for what is left narrower ones, and at last T.
+template <class T, int Width = lanes<T>, class Body>
+NEARFAR_INLINE void for_each_packet(Index count, Body&& body, Index c = 0) {
+  for (; c + Width <= count; c += Width) body(By<Width>{}, c);
+  if constexpr (Width > 1) for_each_packet<T, narrower<T, Width>>(count, body, c);
 }
 
 /// to[c] = f(from[c]...) for the numbers 0 .. count - 1 of rows, of which one may be `to` itself.

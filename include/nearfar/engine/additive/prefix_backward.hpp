@@ -236,15 +236,8 @@ class PrefixBackward {
   /// may be empty (zero).
   void scores_backward(Index first, const T* weights, Tokens<const T> x, T* grad_weights, Tokens<const T> start,
                        Tokens<T> grad_x, KeepOrPastCaches store) {
-    const Tokens<T> own = grad_rows_.middle_rows(first, x.rows());
-    score_rows_backward(
-        call_.query_shape(), weights, grad_scores_ + first * shape_.padded(), x, grad_weights, {},
-        [own, start](auto by, Index i, Index c) {
-          using P = typename decltype(by)::template Of<T>;
-          const P sum = ploadu<P>(own.row(i) + c);
-          return start.data() == nullptr ? sum : P(padd(sum, ploadu<P>(start.row(i) + c)));
-        },
-        grad_x, store, fetch_);
+    score_rows_backward<T>(call_.query_shape(), weights, grad_scores_ + first * shape_.padded(), x, grad_weights, {},
+                           {grad_rows_.middle_rows(first, x.rows()), start}, grad_x, store, fetch_);
   }
 
   const AdditiveCall<T>& call_;

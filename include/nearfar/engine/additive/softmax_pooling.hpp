@@ -51,6 +51,13 @@ struct PoolingShape {
   /// Scores and weights of a row are padded to whole blocks of heads; the weights of padding are zero.
   Index padded() const { return round_up(heads, head_block); }
 
+  /// The same for scores alone, which need not know where heads end if they see all columns: heads whose columns fill
+  /// no whole vectors stand as one.
+  template <class T>
+  PoolingShape of_scores() const {
+    return per_head_weights || dim % lanes<T> == 0 ? *this : PoolingShape{heads, cols(), heads};
+  }
+
   /// Room for the scores of `rows` rows, rounded up to whole blocks, and for the vector that runs over their end.
   template <class T>
   Index scores(Index rows) const {
@@ -174,10 +181,15 @@ NEARFAR_INLINE void score_block(const T* const (&x)[row_block], Index column, co
     }
   }
   NEARFAR_UNROLL for (int r = 0; r < row_block; ++r) sum_vectors(sum[r], scores + r * padded);
-  for (; c < cols; ++c, weights += Heads) {
-    for (int r = 0; r < row_block; ++r) {
-      for (int h = 0; h < Heads; ++h) scores[r * padded + h] += row[r][c] * weights[h];
-    }
+  for (int r = 0; r < row_block && c < cols; ++r) {
+    for_each_packet<T>(Heads, [&, to = scores + r * padded](auto by, Index h) {
+      using P = typename decltype(by)::template Of<T>;
+      P score = ploadu<P>(to + h);
+      for (Index k = c; k < cols; ++k) {
+        score = pmadd(pset1<P>(row[r][k]), ploadu<P>(weights + (k - c) * Heads + h), score);
+      }
+      pstoreu(to + h, score);
+    });
   }
 }
 
@@ -230,15 +242,18 @@ void weigh_rows(const PoolingShape& shape, const T* scores, Index count, const S
   }
 }
 
-/// Calls body(by, packets, c) for the columns of a head: blocks of `block` packets, and what is left one by one,
-/// `packets` an integral constant.
+/// Calls body(by, packets, c) for the columns of a head: blocks of `block` vectors, of two, and what is left packet by
+/// packet, `packets` an integral constant.
 template <int block, class T, class Body>
-NEARFAR_INLINE void for_each_column_block(Index dim, Body&& body) {
-  Index c = 0;
-  for (; c + block * lanes<T> <= dim; c += block * lanes<T>) body(ByVectors{}, std::integral_constant<int, block>{}, c);
-  for (; c + lanes<T> <= dim; c += lanes<T>) body(ByVectors{}, std::integral_constant<int, 1>{}, c);
-  for (; c + block <= dim; c += block) body(ByNumbers{}, std::integral_constant<int, block>{}, c);
-  for (; c < dim; ++c) body(ByNumbers{}, std::integral_constant<int, 1>{}, c);
+NEARFAR_INLINE void for_each_column_block(Index dim, Body&& body, Index c = 0) {
+  constexpr Index width = block * lanes<T>;
+  for (; c + width <= dim; c += width) body(By<lanes<T>>{}, std::integral_constant<int, block>{}, c);
+  if constexpr (block > 2) {
+    for_each_column_block<2, T>(dim, body, c);
+  } else {
+    for_each_packet<T>(
+        dim, [&](auto by, Index at) { body(by, std::integral_constant<int, 1>{}, at); }, c);
+  }
 }
 
 /// total_h = keep_h total_h + sum_r weight_rh rows[r], the sums of a head of 64 columns all in registers.

@@ -26,11 +26,34 @@ struct MeanShares {
   MeanShares from_head(Index h, Index dim) const {
     return weights == nullptr ? *this : MeanShares{weights + h, stride, grad_means + h * dim};
   }
+
+  /// `sum` and what reaches row i, from column c on, through the means of the group of heads that begins here.
+  template <class P>
+  NEARFAR_INLINE P add(Index i, Index c, const PoolingShape& shape, P sum) const {
+    for (Index h = 0; h < shape.group && weights != nullptr; ++h) {
+      sum = pmadd(pset1<P>(weights[i * stride + h]), ploadu<P>(grad_means + h * shape.dim + c), sum);
+    }
+    return sum;
+  }
+};
+
+/// What the gradients of rows start from: the sum of the rows of two matrices, either of which may be empty (zero).
+template <class T>
+struct StartRows {
+  Tokens<const T> rows;
+  Tokens<const T> more_rows = {};
+
+  template <class P>
+  NEARFAR_INLINE P at(Index i, Index c) const {
+    const P start = rows.data() == nullptr ? pset1<P>(T(0)) : ploadu<P>(rows.row(i) + c);
+    return more_rows.data() == nullptr ? start : P(padd(start, ploadu<P>(more_rows.row(i) + c)));
+  }
 };
 
 /// How often score_rows_backward fetches for `rows` rows.
 template <class T>
-Index score_fetches(const PoolingShape& shape, Index rows) {
+Index score_fetches(const PoolingShape& row_shape, Index rows) {
+  const PoolingShape shape = row_shape.of_scores<T>();
   const Index heads = shape.per_head_weights ? shape.group : shape.heads;
   const Index panels = shape.heads / shape.group * ceil_div(shape.dim / lanes<T>, 2);
   const auto products = [&](Index count, Index depth) {
@@ -44,21 +67,34 @@ Index score_fetches(const PoolingShape& shape, Index rows) {
 ///   grad_x_i = start_i + sum_h weight_ih grad_mean_h + sum_h grad_score_ih w_h
 ///   grad_w_h += sum_i grad_score_ih x_i
 ///
-/// start(by, i, column) gives packets of start_i; it may read the rows of grad_x. These are written a few at a time,
-/// from their first column to their last, vectors by store(to, packet). Meanwhile fetches.
-template <class T, class Start>
+/// `start` may be the rows of grad_x. These are written a few at a time, from their first column to their last, vectors
+/// by store(to, packet). Meanwhile fetches.
+template <class T>
 void score_rows_backward(const PoolingShape& shape, const T* weights, const T* grad_scores, Tokens<const T> x,
-                         T* grad_weights, const MeanShares<T>& mean_shares, Start start, Tokens<T> grad_x,
+                         T* grad_weights, const MeanShares<T>& mean_shares, const StartRows<T>& start, Tokens<T> grad_x,
                          KeepOrPastCaches store, Spread& fetch) {
   const Index count = x.rows();
+  const Index groups = shape.heads / shape.group;
+  const auto shares_of = [&](Index g) { return mean_shares.from_head(g * shape.group, shape.dim); };
+  if (const PoolingShape whole = shape.of_scores<T>(); whole.dim != shape.dim) {
+    for (Index i = 0; i < count; ++i) {
+      for (Index g = 0; g < groups; ++g) {
+        for_each_packet<T>(shape.dim, [&, shares = shares_of(g)](auto by, Index c) {
+          using P = typename decltype(by)::template Of<T>;
+          const Index at = g * shape.dim + c;
+          pstoreu(grad_x.row(i) + at, shares.add(i, c, shape, start.template at<P>(i, at)));
+        });
+      }
+    }
+    return score_rows_backward<T>(whole, weights, grad_scores, x, grad_weights, {}, {grad_x}, grad_x, store, fetch);
+  }
+
   const Index padded = shape.padded();
   const Index cols = shape.cols();
   const Index in_vectors = shape.dim / lanes<T> * lanes<T>;
-  const Index groups = shape.heads / shape.group;
   // The heads whose scores see the columns of group g.
   const auto first_head = [&](Index g) { return shape.per_head_weights ? g * shape.group : 0; };
   const Index heads = shape.per_head_weights ? shape.group : shape.heads;
-  const auto shares_of = [&](Index g) { return mean_shares.from_head(g * shape.group, shape.dim); };
   for (Index g = 0; g < groups; ++g) {
     for_each_panel<T>(in_vectors, [&](auto panel, Index c) {
       const Index at = g * shape.dim + c;
@@ -79,7 +115,9 @@ void score_rows_backward(const PoolingShape& shape, const T* weights, const T* g
         const Index at = g * shape.dim + c;
         Packet<T> sum[rows][vectors];
         NEARFAR_UNROLL for (int r = 0; r < rows; ++r) {
-          NEARFAR_UNROLL for (int v = 0; v < vectors; ++v) sum[r][v] = start(ByVectors{}, i + r, at + v * lanes<T>);
+          NEARFAR_UNROLL for (int v = 0; v < vectors; ++v) {
+            sum[r][v] = start.template at<Packet<T>>(i + r, at + v * lanes<T>);
+          }
         }
         if (shares.weights != nullptr) {
           multiply_add(sum, Broadcast<T>{shares.weights, shares.stride, 1}.rows_from(i), shares.grad_means + c,
@@ -95,21 +133,24 @@ void score_rows_backward(const PoolingShape& shape, const T* weights, const T* g
     }
   });
   for (Index g = 0; g < groups; ++g) {
-    const MeanShares<T> shares = shares_of(g);
-    for (Index c = in_vectors; c < shape.dim; ++c) {
-      const Index at = g * shape.dim + c;
-      for (Index i = 0; i < count; ++i) {
-        T sum = start(ByNumbers{}, i, at);
-        for (Index h = 0; h < shape.group && shares.weights != nullptr; ++h) {
-          sum += shares.weights[i * shares.stride + h] * shares.grad_means[h * shape.dim + c];
-        }
-        for (Index h = first_head(g); h < first_head(g) + heads; ++h) {
-          sum += grad_scores[i * padded + h] * weights[h * cols + at];
-          grad_weights[h * cols + at] += grad_scores[i * padded + h] * x(i, at);
-        }
-        grad_x(i, at) = sum;
-      }
-    }
+    for_each_packet<T>(
+        shape.dim,
+        [&, shares = shares_of(g)](auto by, Index c) {
+          using P = typename decltype(by)::template Of<T>;
+          const Index at = g * shape.dim + c;
+          for (Index i = 0; i < count; ++i) {
+            const P row = ploadu<P>(x.row(i) + at);
+            P sum = shares.add(i, c, shape, start.template at<P>(i, at));
+            for (Index h = first_head(g); h < first_head(g) + heads; ++h) {
+              const P grad_score = pset1<P>(grad_scores[i * padded + h]);
+              T* const grad_w = grad_weights + h * cols + at;
+              sum = pmadd(grad_score, ploadu<P>(weights + h * cols + at), sum);
+              pstoreu(grad_w, pmadd(grad_score, row, ploadu<P>(grad_w)));
+            }
+            pstoreu(grad_x.row(i) + at, sum);
+          }
+        },
+        in_vectors);
   }
 }
 
@@ -128,7 +169,13 @@ void dot_heads(const PoolingShape& shape, const T* x, const T* y, T* products) {
       for (; c + lanes<T> <= shape.dim; c += lanes<T>) {
         sum[h] = pmadd(ploadu<Packet<T>>(a + c), ploadu<Packet<T>>(b + c), sum[h]);
       }
-      for (; c < shape.dim; ++c) rest[h] += a[c] * b[c];
+      for_each_packet<T>(
+          shape.dim,
+          [&](auto by, Index at) {
+            using P = typename decltype(by)::template Of<T>;
+            rest[h] += predux(pmul(ploadu<P>(a + at), ploadu<P>(b + at)));
+          },
+          c);
     }
     sum_vectors(sum, products + first);
     for (int h = 0; h < head_block; ++h) products[first + h] += rest[h];
@@ -166,15 +213,10 @@ void pool_backward(const PoolingShape& shape, const T* weights, Tokens<const T> 
         const T* const weight = weights_of_rows.row(first + i).data();
         for (Index h = 0; h < shape.heads; ++h) grad_score[h] = ln_2<T> * weight[h] * (grad_score[h] - center[h]);
       }
-      score_rows_backward(
-          shape, weights, grad_scores, x.middle_rows(first, rows), grad_weights,
-          MeanShares<T>{weights_of_rows.row(first).data(), weights_of_rows.cols(), grad_mean},
-          [from = start.data() == nullptr ? nullptr : start.row(first), stride = start.stride()](auto by, Index i,
-                                                                                                 Index c) {
-            using P = typename decltype(by)::template Of<T>;
-            return from == nullptr ? pset1<P>(T(0)) : ploadu<P>(from + i * stride + c);
-          },
-          grad_x.middle_rows(first, rows), store, fetch);
+      score_rows_backward<T>(shape, weights, grad_scores, x.middle_rows(first, rows), grad_weights,
+                             MeanShares<T>{weights_of_rows.row(first).data(), weights_of_rows.cols(), grad_mean},
+                             StartRows<T>{start.middle_rows(first, rows)}, grad_x.middle_rows(first, rows), store,
+                             fetch);
     }
   });
 }

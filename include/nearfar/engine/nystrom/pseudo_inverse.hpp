@@ -24,10 +24,10 @@ T find_pivot(Tokens<T> a, Index k, Index& pivot_row, Index& pivot_col) {
     for_each_packet<T>(count, [&](auto by, Index c) {
       using V = typename decltype(by)::template Of<T>;
       const V size = pabs(ploadu<V>(row + c));
-      if constexpr (sizeof(V) == sizeof(T)) {
-        of_row = std::max(of_row, T(size));
-      } else {
+      if constexpr (sizeof(V) == sizeof(Packet<T>)) {
         most = pmax(most, size);
+      } else {
+        of_row = std::max(of_row, T(predux_max(size)));
       }
     });
     of_row = std::max(of_row, predux_max(most));
