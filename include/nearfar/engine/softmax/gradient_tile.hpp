@@ -74,7 +74,7 @@ class GradientTile {
                  query_stride_, query_lanes_ + place * dim_);
       take_panel(grad_out.middle_rows(row, panels_.size(p)), T(1), grad_out_rows_ + place * grad_out_stride_,
                  grad_out_stride_, grad_out_lanes_ + place * value_dim_);
-      for (Index i = 0; i < width; ++i) {
+      for (Index i = 0; i < round_up(panels_.size(p), lanes<T>); ++i) {
         const Shift<T> shift = i < panels_.size(p) ? Shift<T>(log_sum_exp[row + i]) : Shift<T>();
         shift_[place + i] = shift.nearest;
         shift_rest_[place + i] = shift.rest;
@@ -158,16 +158,17 @@ class GradientTile {
   T* grad_query_lanes(Index p) const { return grad_query_lanes_ + p * width * round_up(dim_, group_rows); }
 
   // Takes the rows of a panel as they are, each followed by zeros up to `stride`, and times a factor on the lanes; zero
-  // rows complete the panel.
+  // rows complete the last vector.
   template <class Storage>
   static void take_panel(Tokens<const Storage> from, T factor, T* rows, Index stride, T* on_lanes) {
-    for (Index i = 0; i < width; ++i) {
+    const Index count = round_up(from.rows(), lanes<T>);
+    for (Index i = 0; i < count; ++i) {
       T* row = rows + i * stride;
       const Index cols = i < from.rows() ? from.cols() : 0;
       for (Index c = 0; c < cols; ++c) row[c] = T(from(i, c));
       std::fill(row + cols, row + stride, T(0));
     }
-    transpose(rows, stride, width, from.cols(), factor, on_lanes, width);
+    transpose(rows, stride, count, from.cols(), factor, on_lanes, width);
   }
 
   // The scores of Vectors vectors of a panel, from `vector` on.

@@ -34,10 +34,11 @@ class KeyTile {
         value_(scratch.take<T>(capacity * value_stride())),
         bias_(scratch.take<T>(capacity)),
         position_(scratch.take<Index>(capacity)) {
-    for (Index j = 0; j < capacity; ++j) {
-      std::fill_n(key_ + j * key_stride() + dim, key_stride() - dim, T(0));
-      std::fill_n(value_ + j * value_stride() + value_dim, value_stride() - value_dim, T(0));
-    }
+    const auto fill_up = [](T* rows, Index cols, Index stride) {
+      for (Index j = 0; j < capacity && cols < stride; ++j) std::fill_n(rows + j * stride + cols, stride - cols, T(0));
+    };
+    fill_up(key_, dim, key_stride());
+    fill_up(value_, value_dim, value_stride());
   }
 
   Index count() const { return count_; }
