@@ -264,22 +264,29 @@ class AnyFeatureMap {
     }
   };
 
-  /// y = f(x, y) for every entry. What does not fill a packet goes through a padded one, so that an entry's result does
-  /// not depend on its place.
+  /// y = f(x, y) for every entry. The ends of rows that fill no vector are put side by side into some that they do, so
+  /// that an entry's result does not depend on its place.
   template <class T, template <class> class Function, class Map>
   static void for_each_entry(const T* x, Index x_stride, Index rows, Index cols, T* y, Index y_stride,
                              Function<Map> function) {
     if constexpr (requires { requires Map::on_packets; }) {
       constexpr Index width = detail::lanes<T>;
-      const Index full = cols / width * width;
-      for_each_vector(x, x_stride, rows, full, y, y_stride, function);
-      for (Index r = 0; r < rows && full < cols; ++r) {
-        std::array<T, width> last_x{}, last_y{};
-        T* const last = y + r * y_stride + full;
-        std::copy_n(x + r * x_stride + full, cols - full, last_x.begin());
-        std::copy_n(last, cols - full, last_y.begin());
-        for_each_vector(last_x.data(), 0, 1, width, last_y.data(), 0, function);
-        std::copy_n(last_y.begin(), cols - full, last);
+      const Index end = cols % width;
+      for_each_vector(x, x_stride, rows, cols - end, y, y_stride, function);
+      if (end == 0) return;
+      std::array<T, 8 * width> ends_x{}, ends_y{};
+      for (Index r = 0, count; r < rows; r += count) {
+        count = std::min(rows - r, std::ssize(ends_x) / end);
+        const auto copy = [count, end](const T* from, Index from_stride, T* to, Index to_stride) {
+          for (Index i = 0; i < count; ++i) {
+            for (Index c = 0; c < end; ++c) to[i * to_stride + c] = from[i * from_stride + c];
+          }
+        };
+        T* const to = y + r * y_stride + cols - end;
+        copy(x + r * x_stride + cols - end, x_stride, ends_x.data(), end);
+        copy(to, y_stride, ends_y.data(), end);
+        for_each_vector(ends_x.data(), 0, 1, detail::round_up(count * end, width), ends_y.data(), 0, function);
+        copy(ends_y.data(), end, to, y_stride);
       }
     } else {
       for (Index r = 0; r < rows; ++r) {
