@@ -1,3 +1,5 @@
+#include <nearfar/merge.hpp>
+
 #include "subjects/properties.hpp"
 
 #include <atomic>
@@ -109,6 +111,22 @@ TEST(Scratch, EndsAScopeWithoutMemoryToJoinItsBlocks) {
   EXPECT_NE(scratch.take<std::byte>(1 << 20), nullptr);
 }
 #endif
+
+TEST(Merge, AllocatesNothing) {
+  const Heads heads{.query = 2, .key_value = 2, .dim = 8};
+  Random random(930);
+  const auto out = random.matrix<float>(300, 16), other_out = random.matrix<float>(300, 16);
+  const auto log_sum_exp = random.matrix<double>(2, 300), other_log_sum_exp = random.matrix<double>(2, 300);
+  const PartialAttention<const float> a{out, log_sum_exp}, b{other_out, other_log_sum_exp};
+  Matrix<float> merged(300, 16), grad_out(300, 16);
+  Matrix<double> merged_log_sum_exp(2, 300), grad_log_sum_exp(2, 300);
+  const PartialAttention<float> to{merged, merged_log_sum_exp}, also_to{grad_out, grad_log_sum_exp};
+  for (const int threads : {1, 3}) {
+    Context context(threads);
+    EXPECT_EQ(allocations_of([&] { merge<float>(heads, a, b, to, context); }), 0);
+    EXPECT_EQ(allocations_of([&] { merge_backward<float>(heads, a, b, a, to, also_to, context); }), 0);
+  }
+}
 
 class Allocation : public Property {
  protected:

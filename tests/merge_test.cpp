@@ -269,6 +269,22 @@ TEST(Merge, RefusesHeadsThatDoNotFitTogether) {
             "nearfar::merge_backward: heads.key_value must divide heads.query, but 3 does not divide 4.");
 }
 
+TEST(Merge, RefusesGradientsInThePlaceOfWhatTheyAreMadeOf) {
+  auto a = random_part<float>(4, 1), b = random_part<float>(4, 2), grad = random_part<float>(4, 3);
+  auto grad_a = unwritten<float>(4), grad_b = unwritten<float>(4);
+  const auto backward = [&](Part<float>& to_a, Part<float>& to_b) {
+    return message_of(
+        [&] { merge_backward<float>(heads, a.read(), b.read(), grad.read(), to_a.write(), to_b.write()); });
+  };
+  EXPECT_EQ(backward(grad, grad_b),
+            "nearfar::merge_backward: grad_a.out must be a matrix of its own, but begins where grad_merged.out does.");
+  EXPECT_EQ(backward(grad_a, grad),
+            "nearfar::merge_backward: grad_b.out must be a matrix of its own, but begins where grad_merged.out does.");
+  EXPECT_EQ(backward(grad_a, grad_a),
+            "nearfar::merge_backward: grad_b.out must be a matrix of its own, but begins where grad_a.out does.");
+  EXPECT_EQ(backward(grad_a, grad_b), "no error");
+}
+
 TEST(Merge, RefusesShapesThatDisagree) {
   auto a = random_part<float>(4, 1), b = random_part<float>(5, 2), c = random_part<float>(4, 3);
   EXPECT_EQ(message_of([&] { merge<float>(heads, a.read(), b.read(), a.write()); }),

@@ -126,8 +126,8 @@ class Additive {
     run(inputs, out, &saved, nullptr, context);
   }
 
-  /// Writes the gradients of query, key and value (where one view serves as two of them, its gradient is the sum) and
-  /// adds those of the parameters. Of a masked token nothing is read if its row of grad_out is zero. Two to three times
+  /// Writes the gradients of query, key and value, each to a matrix of its own (where one view serves as two of them,
+  /// its gradient is their sum), and adds those of the parameters. Of a masked token nothing is read if its row of grad_out is zero. Two to three times
   /// the time of forward.
   ///
   /// Throws std::invalid_argument where shapes disagree, those of grad_parameters and saved included.
@@ -136,7 +136,7 @@ class Additive {
                 Context& context = default_context()) const {
     detail::check_inputs<T>(name, heads_, inputs, out, detail::Lengths::equal);
     check_parameters(parameters_, "");
-    detail::check_gradients<T>(name, heads_, inputs, grad_out, grad_inputs);
+    detail::check_gradients<T>(name, heads_, inputs, out, grad_out, grad_inputs);
     check_parameters(grad_parameters, "the gradient of ");
     detail::check_apart(name, parameters_, grad_parameters);
     detail::Work work(context);

@@ -59,7 +59,8 @@ struct List : std::span<const Element> {
 ///   value  n_k x (heads.key_value * value_dim)
 ///
 /// `key_mask` has one byte a key, 0 = never seen by any query; empty means that every key may be seen. What stands in
-/// the key and value rows of a masked key is never read into a result, not even NaN.
+/// the key and value rows of a masked key is never read into a result, not even NaN; but in Additive a token's value
+/// makes its own row of out, masked or not.
 ///
 /// `query_offsets` packs several sequences end to end (the field's cu_seqlens): sequence b owns the query rows
 /// query_offsets[b] .. query_offsets[b + 1] - 1 and the key rows that key_offsets gives likewise. No token sees another

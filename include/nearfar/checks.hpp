@@ -85,7 +85,7 @@ void check_distinct(std::string_view mechanism, std::string_view name, Tokens<co
                     std::initializer_list<std::pair<std::string_view, Tokens<const Scalar>>> inputs) {
   for (const auto& [of, input] : inputs) {
     require(result.rows() == 0 || result.data() != input.data(), mechanism, name,
-            " must be a matrix of its own, but begins where ", of, " does, which is read while it is written.");
+            " must be a matrix of its own, but begins where ", of, " does.");
   }
 }
 
@@ -153,10 +153,10 @@ void check_stream_inputs(std::string_view mechanism, const Heads& heads, const I
           inputs.query_offsets.size(), " numbers.");
 }
 
-/// Gradients of the shapes of what they belong to.
+/// Gradients of the shapes of what they belong to, apart from what is read and from each other.
 template <class Scalar>
 void check_gradients(std::string_view mechanism, const Heads& heads, const Inputs<Scalar>& inputs,
-                     Tokens<const Scalar> grad_out, const InputGradients<Scalar>& gradients) {
+                     Tokens<const Scalar> out, Tokens<const Scalar> grad_out, const InputGradients<Scalar>& gradients) {
   check_shape(mechanism, "grad_out", grad_out, inputs.query.rows(), heads.out_cols(), "query", "its heads");
   check_shape(mechanism, "grad_query", gradients.query, inputs.query.rows(), heads.query_cols(), "query", "its heads");
   check_shape(mechanism, "grad_key", gradients.key, inputs.key.rows(), heads.key_cols(), "key", "its heads");
@@ -164,11 +164,14 @@ void check_gradients(std::string_view mechanism, const Heads& heads, const Input
   const auto check_own = [&](std::string_view name, Tokens<const Scalar> gradient) {
     check_distinct<Scalar>(
         mechanism, name, gradient,
-        {{"query", inputs.query}, {"key", inputs.key}, {"value", inputs.value}, {"grad_out", grad_out}});
+        {{"query", inputs.query}, {"key", inputs.key}, {"value", inputs.value}, {"out", out}, {"grad_out", grad_out}});
   };
   check_own("grad_query", gradients.query);
   check_own("grad_key", gradients.key);
   check_own("grad_value", gradients.value);
+  check_distinct<Scalar>(mechanism, "grad_key", gradients.key, {{"grad_query", gradients.query}});
+  check_distinct<Scalar>(mechanism, "grad_value", gradients.value,
+                         {{"grad_query", gradients.query}, {"grad_key", gradients.key}});
 }
 
 /// A parameter, or its gradient, of the shape that it needs; its name may be in parts.

@@ -21,7 +21,7 @@ class Work;
 ///
 /// Every call of attention takes one as its last argument, by default the process-wide `default_context()`. A context
 /// serves one call at a time; a second caller waits its turn, so threads that should run side by side bring a context
-/// each. Results do not depend on the number of threads. A second call of the same shapes allocates nothing.
+/// each. Results do not depend on the number of threads. A second call of the same shapes and masks allocates nothing.
 class Context {
  public:
   /// A context of `threads` threads, the caller's among them; 0 takes as many as there are processors for this process.

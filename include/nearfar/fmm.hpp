@@ -95,7 +95,7 @@ class Fmm {
     Matrix<T> inverse_normalizer;
   };
 
-  /// What a stream remembers: the last window.left keys and values, as Banded, and the sums of Linear.
+  /// What a stream remembers: the last window.left keys and values, in room as Banded's, and the sums of Linear.
   struct State {
     detail::KeyValueCache<T> near;
     typename detail::KernelSum<T>::State far;
@@ -148,7 +148,7 @@ class Fmm {
                 Context& context = default_context()) const {
     const Index rows = inputs.query.rows();
     detail::check_inputs<T>(name, heads_, inputs, out, detail::Lengths::any);
-    detail::check_gradients<T>(name, heads_, inputs, grad_out, grad_inputs);
+    detail::check_gradients<T>(name, heads_, inputs, out, grad_out, grad_inputs);
     check_parameters(parameters_, "");
     check_parameters(grad_parameters, "the gradient of ");
     detail::check_apart(name, parameters_, grad_parameters);

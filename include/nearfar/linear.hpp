@@ -60,10 +60,12 @@ KernelSum<T> kernel_sum(const Heads& heads, const Options& options) {
 /// with j over the keys that query i sees.
 /// Shapes: as in attention.hpp; n_q and n_k, and dim and value_dim, may differ; causal is aligned at the end. S_r is
 /// dim x value_dim a head, and serves all query heads that share a key/value head.
-/// Time: 4 n d d_v flops a query head and map, and causal 2 n 64 d more for the pairs within chunks of about 64 tokens.
+/// Time: 4 n d d_v flops a query head and map, and causal 2 n 64 d more for the pairs within chunks of about 64 tokens;
+/// with more threads than sequences and heads, causal 6 n d d_v.
 /// Memory beside inputs and out: four times S a thread, head and map, whatever n is; with more threads than sequences
-/// and heads, twice S for every 2048 tokens or so. Backward as much, and 2 numbers a query, head and map. A second call
-/// of the same shapes allocates nothing. Masked keys are left out of every sum, and a query that sees no key gives a
+/// and heads, twice S for every 2048 tokens or so, four times where not causal. Backward twice as much, of query heads
+/// where forward is of key heads, and 2 numbers a query, head and map. A second call of the same shapes and masks
+/// allocates nothing. Masked keys are left out of every sum, and a query that sees no key gives a
 /// zero row. A map that may be negative can make the row sum vanish: the equation is followed as it stands. With
 /// `normalize_features`, features whose sum is zero count as zero.
 ///
@@ -110,7 +112,7 @@ class Linear {
   void backward(const Inputs<T>& inputs, Tokens<const T> out, const Saved& saved, Tokens<const T> grad_out,
                 const InputGradients<T>& grad_inputs, Parameters&, Context& context = default_context()) const {
     detail::check_inputs<T>(name, heads_, inputs, out, detail::Lengths::any);
-    detail::check_gradients<T>(name, heads_, inputs, grad_out, grad_inputs);
+    detail::check_gradients<T>(name, heads_, inputs, out, grad_out, grad_inputs);
     detail::check_saved(name, "inverse_normalizer", saved.inverse_normalizer, inputs.query.rows(),
                         sum().maps() * heads_.query);
     detail::Work work(context);

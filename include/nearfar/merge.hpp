@@ -22,12 +22,17 @@ struct PartialAttention {
 
 namespace detail {
 
+/// The names of a part's matrices, for errors.
+struct PartNames {
+  std::string_view out;
+  std::string_view log_sum_exp;
+};
+
 template <class T>
-void check_part(std::string_view function, std::string_view name, const Heads& heads, const PartialAttention<T>& part,
-                Index rows, std::string_view rows_of) {
-  const std::string of(name);
-  check_shape(function, of + ".out", part.out, rows, heads.out_cols(), rows_of, "the heads");
-  check_head_rows(function, of + ".log_sum_exp", part.log_sum_exp, heads.query, rows);
+void check_part(std::string_view function, const PartNames& names, const Heads& heads, const PartialAttention<T>& part,
+                Index rows) {
+  check_shape(function, names.out, part.out, rows, heads.out_cols(), "a.out", "the heads");
+  check_head_rows(function, names.log_sum_exp, part.log_sum_exp, heads.query, rows);
 }
 
 /// Calls visit(row, head, columns) for every query and head; columns(tokens) are the head's features of the row.
@@ -58,19 +63,19 @@ void for_each_head_row(Context& context, const Heads& heads, Index rows, Visit&&
 ///
 ///   merge<float>(heads, {out_a, saved_a.log_sum_exp}, {out_b, saved_b.log_sum_exp}, {out, log_sum_exp});
 ///
-/// Time O(n_q heads.query value_dim), bound by memory; no memory beside. `merged` may be `a` or `b` itself. A part that
-/// saw no key is not read: a query without any key in either gets a zero row and -infinity.
-/// Throws std::invalid_argument if heads do not fit together or shapes disagree.
-/// Source: Milakov and Gimelshein, arXiv 1805.02867.
+/// Time O(n_q heads.query value_dim), bound by memory; nothing is allocated. `merged` may be `a` or `b` itself. A part
+/// that saw no key is not read: a query without any key in either gets a zero row and -infinity. Throws
+/// std::invalid_argument if heads do not fit together or shapes disagree. Source: Milakov and Gimelshein, arXiv
+/// 1805.02867.
 template <class T>
 void merge(const Heads& heads, const PartialAttention<const T>& a, const PartialAttention<const T>& b,
            const PartialAttention<T>& merged, Context& context = default_context()) {
   constexpr const char* name = "merge";
   detail::check_heads(name, heads);
   const Index rows = a.out.rows();
-  detail::check_part(name, "a", heads, a, rows, "a.out");
-  detail::check_part(name, "b", heads, b, rows, "a.out");
-  detail::check_part(name, "merged", heads, merged, rows, "a.out");
+  detail::check_part(name, {"a.out", "a.log_sum_exp"}, heads, a, rows);
+  detail::check_part(name, {"b.out", "b.log_sum_exp"}, heads, b, rows);
+  detail::check_part(name, {"merged.out", "merged.log_sum_exp"}, heads, merged, rows);
   detail::for_each_head_row<T>(context, heads, rows, [&](Index i, Index h, auto&& columns) {
     const detail::MergeWeights weight(a.log_sum_exp(h, i), b.log_sum_exp(h, i));
     auto out = columns(merged.out);
@@ -102,12 +107,15 @@ void merge_backward(const Heads& heads, const PartialAttention<const T>& a, cons
   detail::check_heads(name, heads);
   const Index rows = a.out.rows();
   const bool has_grad = grad_merged.log_sum_exp.rows() > 0;
-  detail::check_part(name, "a", heads, a, rows, "a.out");
-  detail::check_part(name, "b", heads, b, rows, "a.out");
-  detail::check_part<const T>(name, "grad_merged", heads,
-                              {grad_merged.out, has_grad ? grad_merged.log_sum_exp : a.log_sum_exp}, rows, "a.out");
-  detail::check_part(name, "grad_a", heads, grad_a, rows, "a.out");
-  detail::check_part(name, "grad_b", heads, grad_b, rows, "a.out");
+  detail::check_part(name, {"a.out", "a.log_sum_exp"}, heads, a, rows);
+  detail::check_part(name, {"b.out", "b.log_sum_exp"}, heads, b, rows);
+  detail::check_part<const T>(name, {"grad_merged.out", "grad_merged.log_sum_exp"}, heads,
+                              {grad_merged.out, has_grad ? grad_merged.log_sum_exp : a.log_sum_exp}, rows);
+  detail::check_part(name, {"grad_a.out", "grad_a.log_sum_exp"}, heads, grad_a, rows);
+  detail::check_part(name, {"grad_b.out", "grad_b.log_sum_exp"}, heads, grad_b, rows);
+  detail::check_distinct<T>(name, "grad_a.out", grad_a.out, {{"grad_merged.out", grad_merged.out}});
+  detail::check_distinct<T>(name, "grad_b.out", grad_b.out,
+                            {{"grad_merged.out", grad_merged.out}, {"grad_a.out", grad_a.out}});
   detail::for_each_head_row<T>(context, heads, rows, [&](Index i, Index h, auto&& columns) {
     const detail::MergeWeights weight(a.log_sum_exp(h, i), b.log_sum_exp(h, i));
     const auto grad_out = columns(grad_merged.out);

@@ -75,7 +75,7 @@ struct MultipoleParameters {
 ///   w_ij = exp(scale * q_i . k_j)        W_ic = M_c exp(scale * q_i . K_c)        for each head
 ///
 /// Near field: the keys of query i's own block of `block` tokens and of the two beside it.
-/// Levels l = 1 .. L: groups of block * 2^(l-1) tokens, L = ceil(log2(n / block)) - 1.
+/// Levels l = 1 .. L: groups of block * 2^(l-1) tokens, L = max(0, ceil(log2(n / block)) - 1).
 /// Interaction list I_l(i): the `rank` pooled keys K_c and values V_c of each group that is no neighbour of i's group,
 /// but whose parent is i's group's parent or a neighbour of it. Every token is near or in one list, once.
 /// Mass M_c: how many tokens c stands for, or 1 without mass_scaling.
@@ -88,8 +88,8 @@ struct MultipoleParameters {
 /// backward pass takes 2.5 times as much.
 /// Memory beside inputs and out, for the longest sequence: O(n rank / block) pooled rows of each head, and a copy of
 /// the learned pooling's weights; backward O(n) rows. A second call of the same shapes allocates nothing. Streams
-/// (causal) remember near keys and values of at most two blocks, and at most 4 rank pooled rows a level: which groups a
-/// query sees, and what they hold, is in its place alone. Masked keys enter no near field, mean, mass or convolution,
+/// (causal) remember near keys and values of at most two blocks, in room for up to three times as many, and at most 4
+/// rank pooled rows a level: which groups a query sees, and what they hold, is in its place alone. Masked keys enter no near field, mean, mass or convolution,
 /// and sub-blocks (groups, where pooling is learned) without a token are skipped. A query that sees no key gets a zero
 /// row and log-sum-exp -infinity.
 ///
@@ -156,7 +156,7 @@ class Multipole {
                 const InputGradients<T>& grad_inputs, Parameters& grad_parameters,
                 Context& context = default_context()) const {
     check(inputs, out);
-    detail::check_gradients<T>(name, heads_, inputs, grad_out, grad_inputs);
+    detail::check_gradients<T>(name, heads_, inputs, out, grad_out, grad_inputs);
     detail::check_saved(name, "log_sum_exp", saved.log_sum_exp, heads_.query, inputs.query.rows());
     check_parameters(grad_parameters, "the gradient of ");
     detail::check_apart(name, parameters_, grad_parameters);

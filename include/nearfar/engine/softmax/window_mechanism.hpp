@@ -61,8 +61,9 @@ class WindowMechanism {
   }
 
   /// A stream that has seen nothing. No query may see later keys: the attention must be causal, or window.right 0.
-  /// Room for `room` tokens, or for all that a window needs where that is less, is made now, and extending by single
-  /// tokens within it allocates nothing. Otherwise it grows by doubling.
+  /// Room for `room` tokens, or for all that a window needs where that is less, is made now, and the state does not grow
+  /// while single tokens stay within it; otherwise it grows by doubling. The context's working memory, which is that of
+  /// its longest call, grows by itself: by a row of out for every 1024 keys that a token sees.
   State start(Index room = 0) const {
     check_streams();
     return {start_window<T>(name_, heads_, tokens_back(window_), room)};
@@ -118,7 +119,7 @@ class WindowMechanism {
                     Tokens<const double> grad_log_sum_exp, const InputGradients<T>& grad_inputs,
                     Context& context) const {
     check_inputs<T>(name_, heads_, inputs, out, Lengths::any);
-    check_gradients<T>(name_, heads_, inputs, grad_out, grad_inputs);
+    check_gradients<T>(name_, heads_, inputs, out, grad_out, grad_inputs);
     check_saved(name_, "log_sum_exp", saved.log_sum_exp, heads_.query, inputs.query.rows());
     Work work(context);
     const Index queries = inputs.query.rows();
