@@ -11,6 +11,7 @@
 #include <array>
 #include <cmath>
 #include <limits>
+#include <string>
 #include <tuple>
 #include <utility>
 
@@ -163,8 +164,8 @@ TEST_P(Relations, FmmWithoutNearFieldIsLinear) {
 
 TEST(Relations, AKeyThatWeighsNothingAddsNothing) {
   constexpr double infinity = std::numeric_limits<double>::infinity();
-  const Heads grouped{4, 2, 20};
-  for (const Index queries : {1, 6, 7, 30}) {
+  for (const auto& [grouped, queries] :
+       {std::pair<Heads, Index>{{4, 2, 20}, 1}, {{4, 2, 20}, 6}, {{4, 2, 20}, 7}, {{4, 2, 20}, 30}, {{8, 2, 64}, 1}}) {
     auto sample = random_sample<double>(grouped, queries, 71, 30);
     sample.query = sample.query.cwiseAbs().array() + 0.1;
     sample.key_mask.assign(30, 1);
@@ -203,27 +204,39 @@ TEST(Relations, WeightsFoundAgainFromHugeScoresAreNoLargerThanOne) {
   }
 }
 
+void expect_rows_as_among_many(const Heads& grouped, const Sample<float>& sample, const std::string& what) {
+  for (const bool causal : {false, true}) {
+    const Banded<float> banded(grouped, {.window = {1050, 1050}, .causal = causal});
+    const Matrix<float> expected = run_forward(banded, sample);
+    for (const Index few : {1, 2, 6}) {
+      auto last = sample;
+      last.query = sample.query.bottomRows(few);
+      EXPECT_TRUE(rows_close(run_forward(banded, last), expected.bottomRows(few), 2e-6)) << what << " " << few;
+      // Rows that do not lie end to end are fetched otherwise.
+      Scattered<float> query(last.query), key(sample.key), value(sample.value);
+      Matrix<float> out(few, grouped.out_cols());
+      banded.forward({query.view(), key.view(), value.view(), sample.key_mask}, out);
+      EXPECT_TRUE(same_bits(out, run_forward(banded, last))) << what << " " << few;
+    }
+  }
+}
+
 TEST(Relations, FewQueriesHaveTheRowsThatTheyHaveAmongMany) {
   constexpr Index lanes = detail::lanes<float>, keys = 1100, many = 20;
   for (const auto& [dim, value_dim] : {std::pair{4 * lanes, 4 * lanes}, std::pair{8 * lanes, lanes},
                                        std::pair{4 * lanes + 1, 12 * lanes}, std::pair{Index{3}, 4 * lanes + 3}}) {
-    const Heads grouped{.query = 4, .key_value = 2, .dim = dim, .value_dim = value_dim};
-    auto sample = random_sample<float>(grouped, many, 81, keys);
-    sample.key_mask = Random(82).mask(keys, 0.2);
-    poison_masked_keys(sample);
-    for (const bool causal : {false, true}) {
-      const Banded<float> banded(grouped, {.window = {1050, 1050}, .causal = causal});
-      const Matrix<float> expected = run_forward(banded, sample);
-      for (const Index few : {1, 2, 6}) {
-        auto last = sample;
-        last.query = sample.query.bottomRows(few);
-        EXPECT_TRUE(rows_close(run_forward(banded, last), expected.bottomRows(few), 2e-6)) << dim << " " << few;
-        // Rows that do not lie end to end are fetched otherwise.
-        Scattered<float> query(last.query), key(sample.key), value(sample.value);
-        Matrix<float> out(few, grouped.out_cols());
-        banded.forward({query.view(), key.view(), value.view(), sample.key_mask}, out);
-        EXPECT_TRUE(same_bits(out, run_forward(banded, last))) << dim << " " << few;
-      }
+    for (const Index query_heads : {2, 4, 8}) {
+      const Heads grouped{.query = query_heads, .key_value = 2, .dim = dim, .value_dim = value_dim};
+      const std::string what = std::to_string(query_heads) + " heads of " + std::to_string(dim);
+      auto sample = random_sample<float>(grouped, many, 81, keys);
+      sample.key_mask = Random(82).mask(keys, 0.2);
+      sample.key_mask[9] = 1;
+      poison_masked_keys(sample);
+      expect_rows_as_among_many(grouped, sample, what);
+      // Of heads that share a key one takes them all, and the others none but this or all but this.
+      sample.query.middleCols(dim, dim).setZero();
+      sample.key.row(9) *= 1e30f;
+      expect_rows_as_among_many(grouped, sample, what + ", one key apart");
     }
   }
 }

@@ -123,21 +123,6 @@ void exp2_in_place(T* x, Index count) {
   for (Index i = 0; i < count; i += lanes<T>) pstoreu(x + i, exp2<T>(ploadu<Packet<T>>(x + i)));
 }
 
-/// to[i] = the sum over the lanes of vectors[i]: several at a time, which is cheaper than one by one.
-template <int Count, class P, class T>
-NEARFAR_INLINE void sum_vectors(P (&vectors)[Count], T* to) {
-  constexpr int width = Eigen::internal::unpacket_traits<P>::size;
-  if constexpr (Count % width == 0) {
-    NEARFAR_UNROLL for (int first = 0; first < Count; first += width) pstoreu(to + first, sum_lanes(vectors + first));
-  } else if constexpr (Count > 1 && width % Count == 0) {
-    T sums[width];
-    pstoreu(sums, sum_lanes<Count>(vectors));
-    std::copy_n(sums, Count, to);
-  } else {
-    NEARFAR_UNROLL for (int i = 0; i < Count; ++i) to[i] = predux(vectors[i]);
-  }
-}
-
 /// How score_block wants weights: those of each block of heads side by side, vector by vector (then number by number,
 /// in the columns that fill no vector), so that one pointer walks them. Heads that see their own columns alone need
 /// nothing of the kind. take(count) gives room for so many numbers.

@@ -52,6 +52,8 @@ class FewQueries {
 
  private:
   static constexpr Index segment_keys = 1024;
+  // A list of weights for each query and head: whole pages apart they would all crowd into one set of the cache.
+  static constexpr Index list_room = segment_keys + cache_line / Index{sizeof(T)};
   // Rows lie apart by more than the hardware follows from page to page, so each is asked for some rows before its turn.
   static constexpr Index rows_ahead = 8;
 
@@ -79,7 +81,7 @@ class FewQueries {
     const Index filled = round_up(count, lanes<T>);
     const auto hidden = [&](Index j) { return mask != nullptr && mask[first + j] == 0; };
     const Index lists = rows.query_count * heads_.query;
-    T* weights = scratch.take<T>(lists * segment_keys);
+    T* weights = scratch.take<T>(lists * list_room);
     T* query = scratch.take<T>(rows.query_count * heads_.query_cols());
     for (Index i = 0; i < rows.query_count; ++i) {
       const Scalar* from = inputs_.query.row(rows.query_begin + i);
@@ -87,64 +89,70 @@ class FewQueries {
       for (Index c = 0; c < heads_.query_cols(); ++c) to[c] = scale_ * T(from[c]);
     }
 
-    for (Index list = 0; list < lists; ++list) std::fill_n(weights + list * segment_keys, filled, -infinity<T>);
+    for (Index list = 0; list < lists; ++list) std::fill_n(weights + list * list_room, filled, -infinity<T>);
     const auto for_each_pair = [&](auto&& visit) {
       for (Index j = 0; j < count; ++j) {
         if (hidden(j)) continue;
         for (Index i = 0; i < rows.query_count; ++i) {
           if (first + j < band.first(i) || first + j >= band.end(i)) continue;
-          visit(rows.key_begin + first + j, i, weights + i * heads_.query * segment_keys + j);
+          visit(rows.key_begin + first + j, i, weights + i * heads_.query * list_room + j);
         }
       }
     };
-    by_vectors(heads_.dim, [&](auto vectors) {
+    by_vectors(heads_.dim, [&](auto vectors, auto together) {
       for_each_pair([&](Index key, Index i, T* scores) {
-        score<decltype(vectors)::value>(query + i * heads_.query_cols(), inputs_.key.row(key), scores);
+        score<vectors, together>(query + i * heads_.query_cols(), inputs_.key.row(key), scores);
       });
     });
     for (Index list = 0; list < lists; ++list) {
       const Triple own = triple(triples + list * triple_size());
       std::fill_n(own.value, heads_.value_width(), T(0));
-      weigh(weights + list * segment_keys, filled, own.max, own.sum);
+      weigh(weights + list * list_room, filled, own.max, own.sum);
     }
-    by_vectors(heads_.value_width(), [&](auto vectors) {
+    by_vectors(heads_.value_width(), [&](auto vectors, auto together) {
       for_each_pair([&](Index key, Index i, const T* weight) {
-        add<decltype(vectors)::value>(weight, inputs_.value.row(key), triples + i * heads_.query * triple_size());
+        add<vectors, together>(weight, inputs_.value.row(key), triples + i * heads_.query * triple_size());
       });
     });
   }
 
   // Calls visit with how many vectors of a head to take at a time, an integral constant: four if these leave nothing
   // over, else one, and then number by number. (Blocks of four with what is left over behind them, in one loop for all
-  // widths, take a quarter longer while keys and values are in a cache.)
+  // widths, take a quarter longer while keys and values are in a cache.) And with how many of the heads that share a
+  // key: it is read once for four.
   template <class Visit>
-  static void by_vectors(Index features, Visit&& visit) {
-    features % (4 * lanes<T>) == 0 ? visit(std::integral_constant<int, 4>{}) : visit(std::integral_constant<int, 1>{});
+  void by_vectors(Index features, Visit&& visit) const {
+    constexpr int together = std::min(4, lanes<T>);
+    const std::integral_constant<int, 1> one;
+    if (features % (4 * lanes<T>) != 0) return visit(one, one);
+    const std::integral_constant<int, 4> four;
+    heads_.group() % together == 0 ? visit(four, std::integral_constant<int, together>{}) : visit(four, one);
   }
 
-  // scores[h * segment_keys] = query_h . key_h for all heads.
-  template <int vectors>
+  // scores[h * list_room] = query_h . key_h for all heads.
+  template <int vectors, int together>
   NEARFAR_NO_INLINE void score(const T* query, const Scalar* key, T* scores) const {
     const Index dim = heads_.dim, group = heads_.group();
     const Ahead ahead(inputs_.key);
     ahead.fetch_row(key);
     for (const Scalar* const end = key + heads_.key_cols(); key < end; key += dim) {
       ahead.fetch_head(key, dim);
-      for (Index h = group; h > 0; --h, query += dim, scores += segment_keys) *scores = dot<vectors>(query, key, dim);
+      for (Index h = group; h > 0; h -= together, query += together * dim, scores += together * list_room) {
+        dot<vectors, together>(query, key, dim, scores);
+      }
     }
   }
 
   // values_h += weight_h value_h for all heads.
-  template <int vectors>
+  template <int vectors, int together>
   NEARFAR_NO_INLINE void add(const T* weight, const Scalar* value, T* triples) const {
     const Index width = heads_.value_width(), group = heads_.group(), size = triple_size();
     const Ahead ahead(inputs_.value);
     ahead.fetch_row(value);
     for (const Scalar* const end = value + heads_.value_cols(); value < end; value += width) {
       ahead.fetch_head(value, width);
-      for (Index h = group; h > 0; --h, weight += segment_keys, triples += size) {
-        // Of a key that weighs nothing an infinity would add NaN.
-        if (*weight != T(0)) add<vectors>(*weight, value, triples, width);
+      for (Index h = group; h > 0; h -= together, weight += together * list_room, triples += together * size) {
+        add<vectors, together>(weight, value, triples, size, width);
       }
     }
   }
@@ -167,24 +175,52 @@ class FewQueries {
     bool end_to_end;
   };
 
-  template <int vectors>
-  NEARFAR_INLINE static T dot(const T* query, const Scalar* key, Index dim) {
-    Packet<T> sums = pset1<Packet<T>>(T(0));
-    const Index rest = for_each_block<vectors>(
-        dim, [&](Index c) { sums = pmadd(ploadu<Packet<T>>(query + c), ploadu<Packet<T>>(key + c), sums); });
-    T sum = predux(sums);
-    for (Index c = rest; c < dim; ++c) sum += query[c] * T(key[c]);
-    return sum;
+  // scores[h * list_room] = query_h . key for heads that share the key.
+  template <int vectors, int together>
+  NEARFAR_INLINE static void dot(const T* query, const Scalar* key, Index dim, T* scores) {
+    Packet<T> sums[together];
+    NEARFAR_UNROLL for (int h = 0; h < together; ++h) sums[h] = pset1<Packet<T>>(T(0));
+    const Index rest = for_each_block<vectors>(dim, [&](Index c) {
+      const Packet<T> features = ploadu<Packet<T>>(key + c);
+      NEARFAR_UNROLL for (int h = 0; h < together; ++h) {
+        sums[h] = pmadd(ploadu<Packet<T>>(query + h * dim + c), features, sums[h]);
+      }
+    });
+    T products[together];
+    sum_vectors(sums, products);
+    NEARFAR_UNROLL for (int h = 0; h < together; ++h) {
+      for (Index c = rest; c < dim; ++c) products[h] += query[h * dim + c] * T(key[c]);
+      scores[h * list_room] = products[h];
+    }
   }
 
-  // value += weight * row
-  template <int vectors>
-  NEARFAR_INLINE static void add(T weight, const Scalar* row, T* value, Index width) {
-    const Packet<T> factor = pset1<Packet<T>>(weight);
+  // value_h += weight_h * row for heads that share the row; their values lie `size` apart.
+  template <int vectors, int together>
+  NEARFAR_INLINE static void add(const T* weight, const Scalar* row, T* value, Index size, Index width) {
+    const auto weighs_nothing = [weight](int h) { return weight[h * list_room] == T(0); };
+    bool all_weigh = true;
+    NEARFAR_UNROLL for (int h = 0; h < together; ++h) all_weigh = all_weigh && !weighs_nothing(h);
+    if (!all_weigh) {
+      // Of a key that weighs nothing an infinity would add NaN.
+      for (int h = 0; h < together; ++h) {
+        for (Index c = 0; c < width && !weighs_nothing(h); ++c) {
+          value[h * size + c] += weight[h * list_room] * T(row[c]);
+        }
+      }
+      return;
+    }
+    Packet<T> factor[together];
+    NEARFAR_UNROLL for (int h = 0; h < together; ++h) factor[h] = pset1<Packet<T>>(weight[h * list_room]);
     const Index rest = for_each_block<vectors>(width, [&](Index c) {
-      pstoreu(value + c, pmadd(factor, ploadu<Packet<T>>(row + c), ploadu<Packet<T>>(value + c)));
+      const Packet<T> features = ploadu<Packet<T>>(row + c);
+      NEARFAR_UNROLL for (int h = 0; h < together; ++h) {
+        T* const to = value + h * size + c;
+        pstoreu(to, pmadd(factor[h], features, ploadu<Packet<T>>(to)));
+      }
     });
-    for (Index c = rest; c < width; ++c) value[c] += weight * T(row[c]);
+    for (Index c = rest; c < width; ++c) {
+      for (int h = 0; h < together; ++h) value[h * size + c] += weight[h * list_room] * T(row[c]);
+    }
   }
 
   // Calls visit(first) for the vectors of a row, `vectors` at a time; gives the first number that none of them has.
