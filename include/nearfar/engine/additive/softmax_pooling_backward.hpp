@@ -50,6 +50,22 @@ struct StartRows {
   }
 };
 
+/// grad_x_i = start_i + sum_h weight_ih grad_mean_h: what does not reach rows through their scores.
+template <class T>
+void start_rows_backward(const PoolingShape& shape, const MeanShares<T>& mean_shares, const StartRows<T>& start,
+                         Tokens<T> grad_x) {
+  for (Index i = 0; i < grad_x.rows(); ++i) {
+    for (Index g = 0; g < shape.heads / shape.group; ++g) {
+      const MeanShares<T> shares = mean_shares.from_head(g * shape.group, shape.dim);
+      for_each_packet<T>(shape.dim, [&](auto by, Index c) {
+        using P = typename decltype(by)::template Of<T>;
+        const Index at = g * shape.dim + c;
+        pstoreu(grad_x.row(i) + at, shares.add(i, c, shape, start.template at<P>(i, at)));
+      });
+    }
+  }
+}
+
 /// How often score_rows_backward fetches for `rows` rows.
 template <class T>
 Index score_fetches(const PoolingShape& row_shape, Index rows) {
@@ -73,25 +89,17 @@ template <class T>
 void score_rows_backward(const PoolingShape& shape, const T* weights, const T* grad_scores, Tokens<const T> x,
                          T* grad_weights, const MeanShares<T>& mean_shares, const StartRows<T>& start, Tokens<T> grad_x,
                          KeepOrPastCaches store, Spread& fetch) {
-  const Index count = x.rows();
-  const Index groups = shape.heads / shape.group;
-  const auto shares_of = [&](Index g) { return mean_shares.from_head(g * shape.group, shape.dim); };
   if (const PoolingShape whole = shape.of_scores<T>(); whole.dim != shape.dim) {
-    for (Index i = 0; i < count; ++i) {
-      for (Index g = 0; g < groups; ++g) {
-        for_each_packet<T>(shape.dim, [&, shares = shares_of(g)](auto by, Index c) {
-          using P = typename decltype(by)::template Of<T>;
-          const Index at = g * shape.dim + c;
-          pstoreu(grad_x.row(i) + at, shares.add(i, c, shape, start.template at<P>(i, at)));
-        });
-      }
-    }
+    start_rows_backward(shape, mean_shares, start, grad_x);
     return score_rows_backward<T>(whole, weights, grad_scores, x, grad_weights, {}, {grad_x}, grad_x, store, fetch);
   }
 
+  const Index count = x.rows();
   const Index padded = shape.padded();
   const Index cols = shape.cols();
   const Index in_vectors = shape.dim / lanes<T> * lanes<T>;
+  const Index groups = shape.heads / shape.group;
+  const auto shares_of = [&](Index g) { return mean_shares.from_head(g * shape.group, shape.dim); };
   // The heads whose scores see the columns of group g.
   const auto first_head = [&](Index g) { return shape.per_head_weights ? g * shape.group : 0; };
   const Index heads = shape.per_head_weights ? shape.group : shape.heads;
