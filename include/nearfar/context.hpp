@@ -72,18 +72,22 @@ namespace detail {
 /// One call's hold on a context: its threads, and memory that lasts until the call ends.
 class Work {
  public:
-  explicit Work(Context& context) : lock_(context.mutex_), context_(context), scope_(context.shared_) {}
+  explicit Work(Context& context)
+      : lock_(context.mutex_), context_(&context), memory_(context.shared_), scope_(memory_) {}
+
+  /// Work within a task of such a call: by its thread alone, with memory that lasts as long as this.
+  explicit Work(Scratch& scratch) : memory_(scratch), scope_(memory_) {}
 
   /// Gives back, at the end of a scope, what was taken within it.
   class Scope {
    public:
-    explicit Scope(Work& work) : scope_(work.context_.shared_) {}
+    explicit Scope(Work& work) : scope_(work.memory_) {}
 
    private:
     Scratch::Scope scope_;
   };
 
-  int threads() const { return context_.pool_.size(); }
+  int threads() const { return context_ == nullptr ? 1 : context_->pool_.size(); }
 
   /// The task that a thread likely takes after this one: the others take those between.
   Index likely_next(Index task) const { return task + threads(); }
@@ -91,30 +95,36 @@ class Work {
   /// Memory that all tasks may read, given back when the scope or else the call ends.
   template <class T>
   T* take(Index count) {
-    return context_.shared_.take<T>(count);
+    return memory_.take<T>(count);
   }
 
   /// Runs task(index, scratch) for each index in [0, count), on any thread. Tasks begin in the order of their indices,
   /// which Turns relies on, and end in any; what a task takes of its scratch is given back when it ends.
   void for_each(Index count, FunctionRef<void(Index, Scratch&)> task) {
-    context_.pool_.run(count, [&](Index index, int worker) {
-      Scratch& scratch = context_.scratch_[static_cast<std::size_t>(worker)];
+    const auto run = [&](Index index, Scratch& scratch) {
       const Scratch::Scope scope(scratch);
       task(index, scratch);
-    });
-    level();
+    };
+    if (context_ == nullptr) {
+      for (Index index = 0; index < count; ++index) run(index, memory_);
+      return;
+    }
+    std::vector<Scratch>& scratch = context_->scratch_;
+    context_->pool_.run(count, [&](Index index, int worker) { run(index, scratch[static_cast<std::size_t>(worker)]); });
+    level(scratch);
   }
 
  private:
   // Which thread met the largest task is chance, so all hold what the largest needed: the next call allocates nothing.
-  void level() {
+  static void level(std::vector<Scratch>& scratches) {
     std::size_t most = 0;
-    for (const Scratch& scratch : context_.scratch_) most = std::max(most, scratch.bytes());
-    for (Scratch& scratch : context_.scratch_) scratch.reserve(most);
+    for (const Scratch& scratch : scratches) most = std::max(most, scratch.bytes());
+    for (Scratch& scratch : scratches) scratch.reserve(most);
   }
 
-  std::lock_guard<std::mutex> lock_;
-  Context& context_;
+  std::unique_lock<std::mutex> lock_;
+  Context* context_ = nullptr;
+  Scratch& memory_;
   Scratch::Scope scope_;
 };
 

@@ -86,12 +86,12 @@ struct MultipoleParameters {
 /// Time: 4 n (3 block + 3 rank L) dim flops a head, so n log n; with pooled queries 4 n (3 block + O(rank^2 / block))
 /// dim, linear in n. Learned pooling adds 4 n rank dim flops a key/value head, once a level for the grouped form. The
 /// backward pass takes 2.5 times as much.
-/// Memory beside inputs and out, for the longest sequence: O(n rank / block) pooled rows of each head, and a copy of
-/// the learned pooling's weights; backward O(n) rows. A second call of the same shapes allocates nothing. Streams
-/// (causal) remember near keys and values of at most two blocks, in room for up to three times as many, and at most 4
-/// rank pooled rows a level: which groups a query sees, and what they hold, is in its place alone. Masked keys enter no near field, mean, mass or convolution,
-/// and sub-blocks (groups, where pooling is learned) without a token are skipped. A query that sees no key gets a zero
-/// row and log-sum-exp -infinity.
+/// Memory beside inputs and out, for the longest sequence of each thread: O(n rank / block) pooled rows of each head,
+/// and a copy of the learned pooling's weights; backward O(n) rows. A second call of the same shapes allocates nothing.
+/// Streams (causal) remember near keys and values of at most two blocks, in room for up to three times as many, and at
+/// most 4 rank pooled rows a level: which groups a query sees, and what they hold, is in its place alone. Masked keys
+/// enter no near field, mean, mass or convolution, and sub-blocks (groups, where pooling is learned) without a token
+/// are skipped. A query that sees no key gets a zero row and log-sum-exp -infinity.
 ///
 /// Source: Kang, Tran and De Sterck, Fast Multipole Attention, arXiv 2310.11960, and its authors' code, whose
 /// scale_attn is the mass; upward pass, interaction list and downward pass are those of Greengard and Rokhlin, A Fast
@@ -164,15 +164,14 @@ class Multipole {
     const Index stride = inputs.query.rows();
     T* delta = work.take<T>(heads_.query * stride);
     detail::softmax_delta(work, heads_, out, grad_out, delta);
-    for (Index b = 0; b < sequence_count(inputs); ++b) {
-      const detail::Work::Scope scope(work);
-      const Sequence rows = sequence(inputs, b);
-      if (rows.query_count == 0) continue;
+    // All sequences add to the gradients of learned pooling, in their order.
+    for_each_sequence(work, inputs, options_.pooling == Pooling::average, [&](detail::Work& own, const Sequence& rows) {
+      if (rows.query_count == 0) return;
       const auto part = [&](const auto& tokens) { return tokens.middle_rows(rows.query_begin, rows.query_count); };
-      backward_sequence(work, detail::middle_tokens(inputs, rows.query_begin, rows.query_count), part(grad_out),
+      backward_sequence(own, detail::middle_tokens(inputs, rows.query_begin, rows.query_count), part(grad_out),
                         saved.log_sum_exp.data() + rows.query_begin, delta + rows.query_begin, stride,
                         {part(grad_inputs.query), part(grad_inputs.key), part(grad_inputs.value)}, grad_parameters);
-    }
+    });
   }
 
   /// A stream that has seen nothing, with room for `room` tokens as in Softmax. The attention must be causal.
@@ -243,13 +242,30 @@ class Multipole {
 
   void attend(const Inputs<T>& inputs, Tokens<T> out, double* log_sum_exp, Context& context) const {
     detail::Work work(context);
-    for (Index b = 0; b < sequence_count(inputs); ++b) {
-      const detail::Work::Scope scope(work);
-      const Sequence rows = sequence(inputs, b);
-      attend_sequence(work, detail::middle_tokens(inputs, rows.query_begin, rows.query_count),
+    for_each_sequence(work, inputs, true, [&](detail::Work& own, const Sequence& rows) {
+      attend_sequence(own, detail::middle_tokens(inputs, rows.query_begin, rows.query_count),
                       out.middle_rows(rows.query_begin, rows.query_count),
                       log_sum_exp == nullptr ? nullptr : log_sum_exp + rows.query_begin, inputs.query.rows());
+    });
+  }
+
+  // Calls visit(work, rows) for each sequence: for long ones in turn, by all threads; for those that are less than a
+  // thread's share, if they are `independent`, side by side.
+  template <class Visit>
+  static void for_each_sequence(detail::Work& work, const Inputs<T>& inputs, bool independent, Visit&& visit) {
+    const Index sequences = sequence_count(inputs);
+    const auto by_all = [&](Index b) {
+      return !independent || sequence(inputs, b).query_count * work.threads() >= inputs.query.rows();
+    };
+    for (Index b = 0; b < sequences; ++b) {
+      const detail::Work::Scope scope(work);
+      if (by_all(b)) visit(work, sequence(inputs, b));
     }
+    work.for_each(sequences, [&](Index b, detail::Scratch& scratch) {
+      if (by_all(b)) return;
+      detail::Work own(scratch);
+      visit(own, sequence(inputs, b));
+    });
   }
 
   void attend_sequence(detail::Work& work, const Inputs<T>& inputs, Tokens<T> out, double* log_sum_exp,

@@ -135,9 +135,10 @@ struct ScanStep {
 ///   visit(step, scratch)              does one segment; step.sums.local is zero and step.sums.running the past
 ///   finish(b, heads, total)           reads the sums over the whole sequence
 ///
-/// Where there are at least as many sequences and heads as threads, each runs from its first segment to its last. Else
-/// the segments themselves are shared out, in two rounds: the sums of all segments, then, each knowing its past,
-/// the segments. Both give the same bits. Memory: four states a head and thread, or two a head and segment.
+/// Where one head of the longest sequence is no more than a thread's share, or a single segment, each sequence runs from
+/// its first segment to its last. Else the segments themselves are shared out, in two rounds: the sums of all segments,
+/// then, each knowing its past, the segments. Both give the same bits. Memory: four states a head and thread, or two a
+/// head and segment.
 template <class T>
 void scan(Work& work, Index sequences, Index heads, Index size, FunctionRef<Alignment(Index)> alignment,
           FunctionRef<CarriedSums<T>(Index, Range, CarriedSums<T>)> begin,
@@ -154,10 +155,17 @@ void scan(Work& work, Index sequences, Index heads, Index size, FunctionRef<Alig
   };
   // Without queries a segment is visited for its sum.
   const auto has_queries = [](const Segment& segment) { return segment.query.count() > 0; };
-  if (sequences * heads >= work.threads()) {
+  Index tokens = 0, longest = 1;
+  for (Index b = 0; b < sequences; ++b) {
+    const Alignment a = alignment(b);
+    const Index own = std::max(a.query_count, a.key_count);
+    tokens += own;
+    longest = std::max(longest, own);
+  }
+  if (heads * tokens >= work.threads() * longest || longest <= Segments::length) {
     // Neighbouring heads share cache lines and pages: as many together as leave every thread enough to do.
     const Index tasks = work.threads() == 1 ? 1 : 2 * work.threads();
-    const Index block = std::clamp<Index>(sequences * heads / tasks, 1, heads);
+    const Index block = std::clamp<Index>(heads * tokens / (tasks * longest), 1, heads);
     const Index blocks = ceil_div(heads, block);
     work.for_each(sequences * blocks, [&](Index task, Scratch& scratch) {
       const Index b = task / blocks;

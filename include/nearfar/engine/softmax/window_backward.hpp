@@ -15,9 +15,9 @@ namespace detail {
 /// saved log-sum-exp and delta, both heads.query x n_q.
 ///
 /// A task is one key/value head of one segment of the keys of a sequence: it alone writes their gradients, and walks
-/// over the queries that see them. Where a sequence has several segments, the gradients of its queries are summed over
-/// them in order, each further segment having rows of its own for the queries that see it. How many there are depends
-/// on the shapes alone. Work 2.5 times the forward pass.
+/// over the queries that see them. Where a long sequence has several segments, the gradients of its queries are summed
+/// over them in order, each further segment having rows of its own for the queries that see it. How many there are
+/// depends on the shapes alone. Work 2.5 times the forward pass.
 template <class Scalar>
 class WideWindowBackward {
   using T = Accumulator<Scalar>;
@@ -34,9 +34,12 @@ class WideWindowBackward {
         grad_out_(grad_out),
         delta_(delta),
         gradients_(gradients),
-        sequences_(sequence_count(inputs)),
-        segments_(gradient_segments(inputs.key.rows() / std::max<Index>(sequences_, 1),
-                                    std::max<Index>(sequences_, 1) * heads.key_value)) {}
+        sequences_(sequence_count(inputs)) {
+    Index longest = 1;
+    for (Index b = 0; b < sequences_; ++b) longest = std::max(longest, sequence(inputs, b).key_count);
+    tasks_ = std::max<Index>(inputs.key.rows() / longest, 1) * heads.key_value;
+    segments_ = gradient_segments(longest, tasks_);
+  }
 
   void backward(Work& work) {
     take_partial_rows(work);
@@ -52,9 +55,10 @@ class WideWindowBackward {
 
   Band band(const Sequence& rows) const { return Band(window_, rows.query_count, rows.key_count); }
 
-  /// The keys of segment s of a sequence.
+  /// The keys of segment s of a sequence: shorter ones have fewer, and then none.
   Range segment(const Sequence& rows, Index s) const {
-    return {rows.key_count * s / segments_, rows.key_count * (s + 1) / segments_};
+    const Index count = gradient_segments(rows.key_count, tasks_);
+    return {rows.key_count * std::min(s, count) / count, rows.key_count * std::min(s + 1, count) / count};
   }
 
   /// The queries that see one of these keys.
@@ -94,6 +98,7 @@ class WideWindowBackward {
     const std::uint8_t* mask = key_mask(inputs_, rows);
     const Range own = segment(rows, s);
     const Range queries = seeing(rows, own);
+    if (s > 0 && own.count() == 0) return;
     const auto of_head = [&](const auto& tokens, Index width) {
       return tokens.middle_rows(rows.key_begin, rows.key_count).head(key_head, width);
     };
@@ -179,7 +184,8 @@ class WideWindowBackward {
   const T* delta_;
   const InputGradients<Scalar>& gradients_;
   Index sequences_;
-  Index segments_;
+  Index tasks_;                 // if all sequences were as long as the longest, of one segment each
+  Index segments_;              // of the longest
   Index* first_row_ = nullptr;  // where the rows of a segment of a sequence begin
   Scalar* partial_ = nullptr;
 };
