@@ -7,9 +7,7 @@
 #include <nearfar/engine/nystrom/split_keys.hpp>
 #include <nearfar/engine/softmax/window_attention.hpp>
 
-#include <algorithm>
 #include <limits>
-#include <numeric>
 #include <optional>
 
 namespace nearfar {
@@ -260,8 +258,10 @@ class Nystrom {
 
     // Through the softmax of each row.
     for (Index i = 0; i < count; ++i) {
-      const double delta = std::inner_product(a.row(i), a.row(i) + count, grad_a.row(i), 0.0);
-      for (Index j = 0; j < count; ++j) grad_a(i, j) = scale() * a(i, j) * (grad_a(i, j) - delta);
+      const detail::RowArray<double> weights(a.row(i), count);
+      detail::RowArray<double> gradient(grad_a.row(i), count);
+      const double delta = (weights * gradient).sum();
+      gradient = scale() * weights * (gradient - delta);
     }
     const auto write = [&](Small gradient, Tokens<T> of_all, Index width) {
       detail::copy_entries(Tokens<const double>(gradient), share(of_all, landmarks, head, width));
@@ -280,13 +280,13 @@ class Nystrom {
     const Tokens<double> a = detail::take_product(scratch, detail::rows_of(query), count, key_transposed, scale());
     for (Index i = 0; i < count; ++i) {
       double* const row = a.row(i);
-      const double max = *std::max_element(row, row + count);
+      detail::RowArray<double> entries(row, count);
+      const double max = entries.maxCoeff();
       for (Index j = 0; j < count; j += detail::lanes<double>) {
         using namespace Eigen::internal;
         pstoreu(row + j, pexp(psub(ploadu<P>(row + j), pset1<P>(max))));
       }
-      const double share = 1 / std::accumulate(row, row + count, 0.0);
-      for (Index j = 0; j < count; ++j) row[j] *= share;
+      entries *= 1 / entries.sum();
     }
     return a;
   }

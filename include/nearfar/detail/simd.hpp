@@ -146,6 +146,20 @@ NEARFAR_INLINE void for_each_packet(Index count, Body&& body, Index c = 0) {
   if constexpr (Width > 1) for_each_packet<T, narrower<T, Width>>(count, body, c);
 }
 
+/// Calls body(by, packets, c) likewise, of `packets` packets at a time, an integral constant: blocks of `block`
+/// vectors, of two, and what is left packet by packet.
+template <int block, class T, class Body>
+NEARFAR_INLINE void for_each_column_block(Index count, Body&& body, Index c = 0) {
+  constexpr Index width = block * lanes<T>;
+  for (; c + width <= count; c += width) body(By<lanes<T>>{}, std::integral_constant<int, block>{}, c);
+  if constexpr (block > 2) {
+    for_each_column_block<2, T>(count, body, c);
+  } else {
+    for_each_packet<T>(
+        count, [&](auto by, Index at) { body(by, std::integral_constant<int, 1>{}, at); }, c);
+  }
+}
+
 /// to[c] = f(from[c]...) for the numbers 0 .. count - 1 of rows, of which one may be `to` itself.
 template <class T, class F, class... From>
 NEARFAR_INLINE void combine(Index count, T* to, F&& f, const From*... from) {

@@ -227,20 +227,6 @@ void weigh_rows(const PoolingShape& shape, const T* scores, Index count, const S
   }
 }
 
-/// Calls body(by, packets, c) for the columns of a head: blocks of `block` vectors, of two, and what is left packet by
-/// packet, `packets` an integral constant.
-template <int block, class T, class Body>
-NEARFAR_INLINE void for_each_column_block(Index dim, Body&& body, Index c = 0) {
-  constexpr Index width = block * lanes<T>;
-  for (; c + width <= dim; c += width) body(By<lanes<T>>{}, std::integral_constant<int, block>{}, c);
-  if constexpr (block > 2) {
-    for_each_column_block<2, T>(dim, body, c);
-  } else {
-    for_each_packet<T>(
-        dim, [&](auto by, Index at) { body(by, std::integral_constant<int, 1>{}, at); }, c);
-  }
-}
-
 /// total_h = keep_h total_h + sum_r weight_rh rows[r], the sums of a head of 64 columns all in registers.
 template <class T>
 void add_weighted_rows(const PoolingShape& shape, const T* const* rows, Index count, const T* weights, const T* keep,

@@ -12,30 +12,14 @@ namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
 namespace detail {
 
-/// The largest entry, by its absolute value, of the rows and columns from k on, and where it stands.
+/// The largest entry, by its absolute value, of the rows and columns from k on, and where it stands. `most` has that of
+/// each of these columns.
 template <class T>
-T find_pivot(Tokens<T> a, Index k, Index& pivot_row, Index& pivot_col) {
-  T largest = -1;
-  for (Index i = k; i < a.rows(); ++i) {
-    const T* const row = a.row(i) + k;
-    const Index count = a.cols() - k;
-    Packet<T> most = pset1<Packet<T>>(T(0));
-    T of_row = 0;
-    for_each_packet<T>(count, [&](auto by, Index c) {
-      using V = typename decltype(by)::template Of<T>;
-      const V size = pabs(ploadu<V>(row + c));
-      if constexpr (sizeof(V) == sizeof(Packet<T>)) {
-        most = pmax(most, size);
-      } else {
-        of_row = std::max(of_row, T(predux_max(size)));
-      }
-    });
-    of_row = std::max(of_row, predux_max(most));
-    if (of_row <= largest) continue;
-    largest = of_row;
-    pivot_row = i;
-    pivot_col = k + (std::find_if(row, row + count, [&](T x) { return std::abs(x) == of_row; }) - row);
-  }
+T find_pivot(Tokens<T> a, Index k, const T* most, Index& pivot_row, Index& pivot_col) {
+  pivot_col = std::max_element(most + k, most + a.cols()) - most;
+  pivot_row = k;
+  const T largest = most[pivot_col];
+  while (pivot_row + 1 < a.rows() && std::abs(a(pivot_row, pivot_col)) != largest) ++pivot_row;
   return largest;
 }
 
@@ -65,6 +49,35 @@ struct Pivots {
   }
 };
 
+/// a_i += factor_i a_pivot for all other rows, and the largest entry, by its absolute value, of each column below.
+template <class T>
+void add_multiples(Tokens<T> a, Index pivot, const T* factor, T* most) {
+  for_each_column_block<4, T>(a.cols(), [&](auto by, auto packets, Index first) {
+    using V = typename decltype(by)::template Of<T>;
+    constexpr int several = decltype(packets)::value;
+    constexpr Index width = Index{sizeof(V) / sizeof(T)};
+    V of_pivot[several], largest[several];
+    NEARFAR_UNROLL for (int p = 0; p < several; ++p) {
+      of_pivot[p] = ploadu<V>(a.row(pivot) + first + p * width);
+      largest[p] = pset1<V>(T(0));
+    }
+    const auto add_to = [&](Index i, auto&& take) {
+      const V multiple = pset1<V>(factor[i]);
+      T* const row = a.row(i) + first;
+      NEARFAR_UNROLL for (int p = 0; p < several; ++p) {
+        const V sum = pmadd(multiple, of_pivot[p], ploadu<V>(row + p * width));
+        pstoreu(row + p * width, sum);
+        take(p, sum);
+      }
+    };
+    for (Index i = 0; i < pivot; ++i) add_to(i, [](int, const V&) {});
+    for (Index i = pivot + 1; i < a.rows(); ++i) {
+      add_to(i, [&](int p, const V& sum) { largest[p] = pmax(largest[p], V(pabs(sum))); });
+    }
+    NEARFAR_UNROLL for (int p = 0; p < several; ++p) pstoreu(most + first + p * width, largest[p]);
+  });
+}
+
 /// Gauss-Jordan elimination with complete pivoting, in place: it ends, at the rank k, when no pivot above `tolerance`
 /// times the first is left. With rows and columns in the order of their pivots it has then turned
 ///
@@ -75,33 +88,28 @@ template <class T>
 Pivots eliminate(Tokens<T> a, std::type_identity_t<T> tolerance, Scratch& scratch) {
   const Index size = a.rows();
   Pivots pivots{scratch.take<Index>(size), scratch.take<Index>(size)};
-  T nothing = 0;
-  for (Index i = 0; i < size; ++i) nothing += T(0) * std::accumulate(a.row(i), a.row(i) + size, T(0));
+  if (size == 0) return pivots;
+  const T nothing = T(0) * a.matrix().sum();
   if (nothing != T(0)) {
     for (Index i = 0; i < size; ++i) std::fill_n(a.row(i), size, nothing);
     for (Index* of : {pivots.row, pivots.col}) std::iota(of, of + size, Index{0});
     pivots.rank = size;
     return pivots;
   }
+  T* const factor = scratch.take<T>(size);
+  T* const most = scratch.take<T>(size);
+  RowArray<T>(most, size) = a.matrix().cwiseAbs().colwise().maxCoeff();
   T threshold = 0;
   for (Index& k = pivots.rank; k < size; ++k) {
-    const T largest = find_pivot(a, k, pivots.row[k], pivots.col[k]);
+    const T largest = find_pivot(a, k, most, pivots.row[k], pivots.col[k]);
     if (k == 0) threshold = tolerance * largest;
     if (largest <= threshold) break;
     pivots.exchange(a, k);
-    const T inverse = 1 / a(k, k);
-    a(k, k) = 1;
-    T* const pivot = a.row(k);
-    for (Index c = 0; c < size; ++c) pivot[c] *= inverse;
+    a.matrix().row(k) *= 1 / std::exchange(a(k, k), T(1));
     for (Index i = 0; i < size; ++i) {
-      if (i == k) continue;
-      T* const row = a.row(i);
-      const T factor = -std::exchange(row[k], T(0));
-      for_each_packet<T>(size, [&](auto by, Index c) {
-        using V = typename decltype(by)::template Of<T>;
-        pstoreu(row + c, pmadd(pset1<V>(factor), ploadu<V>(pivot + c), ploadu<V>(row + c)));
-      });
+      if (i != k) factor[i] = -std::exchange(a(i, k), T(0));
     }
+    add_multiples(a, k, factor, most);
   }
   return pivots;
 }
