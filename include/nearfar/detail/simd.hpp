@@ -143,7 +143,9 @@ inline constexpr int narrower =
 template <class T, int Width = lanes<T>, class Body>
 NEARFAR_INLINE void for_each_packet(Index count, Body&& body, Index c = 0) {
   for (; c + Width <= count; c += Width) body(By<Width>{}, c);
-  if constexpr (Width > 1) for_each_packet<T, narrower<T, Width>>(count, body, c);
+  if constexpr (Width > 1) {
+    if (c < count) for_each_packet<T, narrower<T, Width>>(count, body, c);
+  }
 }
 
 /// Calls body(by, packets, c) likewise, of `packets` packets at a time, an integral constant: blocks of `block`
