@@ -99,34 +99,35 @@ class FewQueries {
         }
       }
     };
-    by_vectors(heads_.dim, [&](auto vectors, auto together) {
-      for_each_pair([&](Index key, Index i, T* scores) {
-        score<vectors, together>(query + i * heads_.query_cols(), inputs_.key.row(key), scores);
-      });
+    const auto score = by_vectors(
+        heads_.dim, [](auto vectors, auto together) { return &FewQueries::template score<vectors, together>; });
+    for_each_pair([&](Index key, Index i, T* scores) {
+      (this->*score)(query + i * heads_.query_cols(), inputs_.key.row(key), scores);
     });
     for (Index list = 0; list < lists; ++list) {
       const Triple own = triple(triples + list * triple_size());
       std::fill_n(own.value, heads_.value_width(), T(0));
       weigh(weights + list * list_room, filled, own.max, own.sum);
     }
-    by_vectors(heads_.value_width(), [&](auto vectors, auto together) {
-      for_each_pair([&](Index key, Index i, const T* weight) {
-        add<vectors, together>(weight, inputs_.value.row(key), triples + i * heads_.query * triple_size());
-      });
+    const auto add = by_vectors(heads_.value_width(), [](auto vectors, auto together) {
+      return &FewQueries::template add_values<vectors, together>;
+    });
+    for_each_pair([&](Index key, Index i, const T* weight) {
+      (this->*add)(weight, inputs_.value.row(key), triples + i * heads_.query * triple_size());
     });
   }
 
-  // Calls visit with how many vectors of a head to take at a time, an integral constant: four if these leave nothing
-  // over, else one, and then number by number. (Blocks of four with what is left over behind them, in one loop for all
-  // widths, take a quarter longer while keys and values are in a cache.) And with how many of the heads that share a
-  // key: it is read once for four.
-  template <class Visit>
-  void by_vectors(Index features, Visit&& visit) const {
+  // What choose gives for how many vectors of a head to take at a time, an integral constant: four if these leave
+  // nothing over, else one, and then number by number. (Blocks of four with what is left over behind them, in one loop
+  // for all widths, take a quarter longer while keys and values are in a cache.) And for how many of the heads that
+  // share a key: it is read once for four.
+  template <class Choose>
+  auto by_vectors(Index features, Choose&& choose) const {
     constexpr int together = std::min(4, lanes<T>);
     const std::integral_constant<int, 1> one;
-    if (features % (4 * lanes<T>) != 0) return visit(one, one);
+    if (features % (4 * lanes<T>) != 0) return choose(one, one);
     const std::integral_constant<int, 4> four;
-    heads_.group() % together == 0 ? visit(four, std::integral_constant<int, together>{}) : visit(four, one);
+    return heads_.group() % together == 0 ? choose(four, std::integral_constant<int, together>{}) : choose(four, one);
   }
 
   // scores[h * list_room] = query_h . key_h for all heads.
@@ -145,7 +146,7 @@ class FewQueries {
 
   // values_h += weight_h value_h for all heads.
   template <int vectors, int together>
-  NEARFAR_NO_INLINE void add(const T* weight, const Scalar* value, T* triples) const {
+  NEARFAR_NO_INLINE void add_values(const T* weight, const Scalar* value, T* triples) const {
     const Index width = heads_.value_width(), group = heads_.group(), size = triple_size();
     const Ahead ahead(inputs_.value);
     ahead.fetch_row(value);
