@@ -127,8 +127,8 @@ class Additive {
   }
 
   /// Writes the gradients of query, key and value, each to a matrix of its own (where one view serves as two of them,
-  /// its gradient is their sum), and adds those of the parameters. Of a masked token nothing is read if its row of grad_out is zero. Two to three times
-  /// the time of forward.
+  /// its gradient is their sum), and adds those of the parameters. Of a masked token nothing is read if its row of
+  /// grad_out is zero. Two to three times the time of forward.
   ///
   /// Throws std::invalid_argument where shapes disagree, those of grad_parameters and saved included.
   void backward(const Inputs<T>& inputs, Tokens<const T> out, const Saved& saved, Tokens<const T> grad_out,

@@ -17,9 +17,9 @@ namespace nearfar {
 inline namespace NEARFAR_VERSION_NAMESPACE {
 
 /// A feature map phi of linear attention: a function of one number, its derivative, each for float and double, and a
-/// name of lower-case letters, digits and underscores, which no other map has. Linear attention applies it to every entry of query and key. A
-/// map whose functions also take and give Eigen's packets of numbers, as those below do by the packet functions of
-/// detail/simd.hpp, says so by a static `on_packets` that is true: it is faster.
+/// name of lower-case letters, digits and underscores, which no other map has. Linear attention applies it to every
+/// entry of query and key. A map whose functions also take and give Eigen's packets of numbers, as those below do by
+/// the packet functions of detail/simd.hpp, says so by a static `on_packets` that is true: it is faster.
 template <class Map>
 concept FeatureMap = requires(const Map& map, float x, double y) {
   { Map::name } -> std::convertible_to<std::string_view>;

@@ -36,15 +36,15 @@ struct NystromOptions {
 /// `iterations` are given; the kernel A of a smooth sequence is close to singular, and an error of B =
 /// softmax(Ql k^T) v may grow by its condition number: that is the mechanism's, whatever computes it.
 ///
-/// Shapes as Softmax with n_q = n_k = n, bidirectional alone. Time: 4 n r (dim + value_dim) flops a
-/// head, and of order r^3 for A^+ (4 r^3 multiply-adds an iteration). Memory beside inputs and out: the landmarks; for
-/// every 2048 tokens (or 16 r, where these are more) r rows of queries and r of partial results; and a thread a few
-/// times r^2 doubles, twice as many for each of `iterations`. A second call of the same shapes and masks allocates
-/// nothing. Masked tokens enter no mean and no softmax over keys, but have a row of
-/// out as queries; a segment without any other token has no landmark. So a sequence of fewer tokens than `landmarks`
-/// has one landmark a token, which makes the result exact attention: of all rows if A is regular and neither `tolerance`
-/// nor `iterations` are given, else of none but those of unmasked tokens, up to the error of A^+. Where all keys are masked out is zero, and the
-/// log-sum-exp -infinity. Where pivots were dropped, the gradient is that of the kernel without them.
+/// Shapes as Softmax with n_q = n_k = n, bidirectional alone. Time: 4 n r (dim + value_dim) flops a head, and of order
+/// r^3 for A^+ (4 r^3 multiply-adds an iteration). Memory beside inputs and out: the landmarks; for every 2048 tokens
+/// (or 16 r, where these are more) r rows of queries and r of partial results; and a thread a few times r^2 doubles,
+/// twice as many for each of `iterations`. A second call of the same shapes and masks allocates nothing. Masked tokens
+/// enter no mean and no softmax over keys, but have a row of out as queries; a segment without any other token has no
+/// landmark. So a sequence of fewer tokens than `landmarks` has one landmark a token, which makes the result exact
+/// attention, unless `tolerance` or `iterations` are given; the rows of masked tokens only if A is regular. Where all
+/// keys are masked out is zero, and the log-sum-exp -infinity. Where pivots were dropped, the gradient is that of the
+/// kernel without them.
 /// Source: Xiong et al., Nystromformer, arXiv 2102.03902, algorithm 1.
 template <class T>
 class Nystrom {

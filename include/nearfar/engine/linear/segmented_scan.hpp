@@ -135,10 +135,10 @@ struct ScanStep {
 ///   visit(step, scratch)              does one segment; step.sums.local is zero and step.sums.running the past
 ///   finish(b, heads, total)           reads the sums over the whole sequence
 ///
-/// Where one head of the longest sequence is no more than a thread's share, or a single segment, each sequence runs from
-/// its first segment to its last. Else the segments themselves are shared out, in two rounds: the sums of all segments,
-/// then, each knowing its past, the segments. Both give the same bits. Memory: four states a head and thread, or two a
-/// head and segment.
+/// Where one head of the longest sequence is no more than a thread's share, or a single segment, each sequence runs
+/// from its first segment to its last. Else the segments themselves are shared out, in two rounds: the sums of all
+/// segments, then, each knowing its past, the segments. Both give the same bits. Memory: four states a head and thread,
+/// or two a head and segment.
 template <class T>
 void scan(Work& work, Index sequences, Index heads, Index size, FunctionRef<Alignment(Index)> alignment,
           FunctionRef<CarriedSums<T>(Index, Range, CarriedSums<T>)> begin,

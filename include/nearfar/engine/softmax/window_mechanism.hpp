@@ -61,9 +61,9 @@ class WindowMechanism {
   }
 
   /// A stream that has seen nothing. No query may see later keys: the attention must be causal, or window.right 0.
-  /// Room for `room` tokens, or for all that a window needs where that is less, is made now, and the state does not grow
-  /// while single tokens stay within it; otherwise it grows by doubling. The context's working memory, which is that of
-  /// its longest call, grows by itself: by a row of out for every 1024 keys that a token sees.
+  /// Room for `room` tokens, or for all that a window needs where that is less, is made now, and the state does not
+  /// grow while single tokens stay within it; otherwise it grows by doubling. The context's working memory, which is
+  /// that of its longest call, grows by itself: by a row of out for every 1024 keys that a token sees.
   State start(Index room = 0) const {
     check_streams();
     return {start_window<T>(name_, heads_, tokens_back(window_), room)};
