@@ -61,13 +61,13 @@ KernelSum<T> kernel_sum(const Heads& heads, const Options& options) {
 /// Shapes: as in attention.hpp; n_q and n_k, and dim and value_dim, may differ; causal is aligned at the end. S_r is
 /// dim x value_dim a head, and serves all query heads that share a key/value head.
 /// Time: 4 n d d_v flops a query head and map, and causal 2 n 64 d more for the pairs within chunks of about 64 tokens;
-/// with more threads than sequences and heads, causal 6 n d d_v.
-/// Memory beside inputs and out: four times S a thread, head and map, whatever n is; with more threads than sequences
-/// and heads, twice S for every 2048 tokens or so, four times where not causal. Backward twice as much, of query heads
-/// where forward is of key heads, and 2 numbers a query, head and map. A second call of the same shapes and masks
-/// allocates nothing. Masked keys are left out of every sum, and a query that sees no key gives a
-/// zero row. A map that may be negative can make the row sum vanish: the equation is followed as it stands. With
-/// `normalize_features`, features whose sum is zero count as zero.
+/// 6 n d d_v where the longest sequence has more than 2048 tokens and a head of it is more than a thread's share.
+/// Memory beside inputs and out: four times S a thread, head and map, whatever n is; in that case twice S for every
+/// 2048 tokens or so, four times where not causal. Backward twice as much, of query heads where forward is of key
+/// heads, and 2 numbers a query, head and map. A second call of the same shapes and masks allocates nothing. Masked
+/// keys are left out of every sum, and a query that sees no key gives a zero row. A map that may be negative can make
+/// the row sum vanish: the equation is followed as it stands. With `normalize_features`, features whose sum is zero
+/// count as zero.
 ///
 /// Source: Katharopoulos et al. (arXiv 2006.16236), equations 4 to 9; several maps as in FMMformer (arXiv 2108.02347),
 /// equation 9; sqrt_length and normalised features as in FMMformer's code.

@@ -6,6 +6,7 @@
 #include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 // Loops that take the time are compiled wherever they are called; what stands beside them, once.
